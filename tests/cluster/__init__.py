@@ -1,0 +1,1 @@
+"""Clusters on one machine, for tests: hosts with ssh between them, and a Slurm."""

@@ -1,0 +1,40 @@
+"""What the tests share: starting ranks, the demo model's oracle, and engines built once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Runs leave logs and records; those of tests belong into no user's directory.
+os.environ.setdefault("TPLLM_LOG_DIR", tempfile.mkdtemp(prefix="tpllm-test-logs-"))
+HERE = Path(__file__).parent
+
+
+def mpirun(ranks: int, argv: list[str], timeout: float = 120, env: dict[str, str] | None = None,
+           check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python argv…` on that many ranks with this environment's mpirun, bounded in time."""
+    launcher = Path(sys.executable).with_name("mpirun")
+    if not launcher.is_file():
+        pytest.skip("no mpirun beside this Python: pip install 'tpllm[mpi]'")
+    command = [str(launcher), "--bind-to", "none", "--oversubscribe", "-n", str(ranks), sys.executable, *argv]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    # SIGTERM first: mpirun takes its ranks along then, which SIGKILL would leave behind.
+    done = subprocess.run(["timeout", "-k", "5", str(timeout), *command], env={**os.environ, **root, **(env or {})},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def run_jobs(ranks: int, jobs: list[dict[str, Any]], directory: Path, timeout: float) -> str:
+    """All jobs in one mpirun of `rank_program.py`; returns what it printed."""
+    path = directory / f"jobs{ranks}.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    return mpirun(ranks, [str(HERE / "rank_program.py"), str(path)], timeout).stdout

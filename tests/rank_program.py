@@ -1,0 +1,66 @@
+"""Runs under mpirun: a list of jobs on every rank, so that all cases of one rank count share a start.
+
+`mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
+"prompts": […], "out": file}`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tpllm import ModelRunner
+from tpllm.cli import main
+from tpllm.distributed import World
+from tpllm.engine.base import StepInput
+
+
+def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of every position of every prompt.
+
+    Each prompt is fed in three steps of different kinds: all prompts' first parts packed into one ragged step,
+    then the middles likewise, then the last tokens one prompt at a time, as decode does.
+    """
+    cuts = [(len(p) // 2, len(p) - 1) for p in prompts]
+    starts = [sum(len(p) + 3 for p in prompts[:i]) for i in range(len(prompts))]
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+
+    def step(which: list[int], bounds: list[tuple[int, int]]) -> None:
+        which = [i for i in which if bounds[i][1] > bounds[i][0]]
+        sizes = [bounds[i][1] - bounds[i][0] for i in which]
+        tokens = [t for i in which for t in prompts[i][bounds[i][0]:bounds[i][1]]]
+        logits = runner.engine.step(StepInput(
+            np.array(tokens, np.int32), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32),
+            np.array([starts[i] for i in which], np.int32), np.array([bounds[i][1] for i in which], np.int32),
+            np.arange(len(tokens), dtype=np.int32)))
+        for i, part in zip(which, logits.split(sizes), strict=True):
+            found[i].append(part.clone())
+
+    everyone = list(range(len(prompts)))
+    step(everyone, [(0, first) for first, _ in cuts])
+    step(everyone, cuts)
+    for i in everyone:
+        step([i], [(last, last + 1) for _, last in cuts])
+    return [torch.cat(parts) for parts in found]
+
+
+def run_job(job: dict[str, Any], world: World) -> None:
+    if "tpllm" in job:
+        code = main(job["tpllm"])
+        if code:
+            raise RuntimeError(f"exit code {code}: {job['tpllm']}")
+    else:
+        logits = all_logits(ModelRunner.from_dir(job["logits"], world=world), job["prompts"])
+        if world.is_first:
+            torch.save(logits, job["out"])
+
+
+if __name__ == "__main__":
+    the_world = World.start()
+    for the_job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        run_job(the_job, the_world)

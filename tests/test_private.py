@@ -1,0 +1,89 @@
+"""The private names of PyTorch that tpllm relies on are there, in the PyTorch that is installed."""
+
+import ast
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpllm.engine.torch import private
+
+PACKAGE = Path(private.__file__).parents[2]
+TREE = ast.parse(Path(private.__file__).read_text(encoding="utf-8"))
+
+
+def is_private(dotted: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in dotted.split("."))
+
+
+def torch_names(tree: ast.AST) -> set[str]:
+    """Every dotted name under torch that a module imports or reads."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch":
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "torch"}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+            names.add(ast.unparse(node))
+    return names
+
+
+PRIVATE_NAMES = sorted(name for name in torch_names(TREE) if is_private(name))
+
+
+def resolve(dotted: str) -> Any:
+    """The object of a dotted name, modules imported on the way."""
+    found: Any = torch
+    parts = dotted.split(".")
+    for i, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(parts[:i]))
+        found = getattr(found, part)
+    return found
+
+
+def test_there_are_private_names_to_check() -> None:
+    assert {"torch._C._aoti.AOTIModelPackageLoader", "torch._inductor.aoti_compile_and_package"} <= set(PRIVATE_NAMES)
+
+
+@pytest.mark.parametrize("name", PRIVATE_NAMES)
+def test_the_name_resolves(name: str) -> None:
+    assert resolve(name) is not None
+
+
+def test_the_compiler_takes_our_arguments_and_options() -> None:
+    signature = inspect.signature(resolve("torch._inductor.aoti_compile_and_package"))
+    signature.bind(None, package_path="x.pt2", inductor_configs=private.COMPILE_OPTIONS)
+    config: Any = importlib.import_module("torch._inductor.config")
+    for option in private.COMPILE_OPTIONS:
+        assert isinstance(config.get_type(option), type)
+
+
+@pytest.mark.parametrize("method", ["boxed_run", "get_constant_fqns", "load_constants"])
+def test_the_loader_has_the_methods_that_are_called(method: str) -> None:
+    called = {node.func.attr for node in ast.walk(TREE) if isinstance(node, ast.Call)
+              and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "loader"}  # fmt: skip
+    assert method in called
+    assert callable(getattr(resolve("torch._C._aoti.AOTIModelPackageLoader"), method))
+
+
+def test_no_other_module_uses_a_private_name_of_torch() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path != Path(private.__file__):
+            found = [n for n in torch_names(ast.parse(path.read_text(encoding="utf-8"))) if is_private(n)]
+            assert not found, f"{path}: {found}"
+
+
+def test_loading_does_not_import_the_compiler() -> None:
+    """The reason for the private loader: its public twin would import all of Inductor."""
+    code = ("import sys, tpllm.engine.torch.private as p\n"
+            "from torch._C._aoti import AOTIModelPackageLoader\n"
+            "assert 'torch._inductor.compile_fx' not in sys.modules\n")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})

@@ -1,0 +1,156 @@
+"""Source weights → one file a rank: each tensor is joined, cut and written before the next is touched."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from tpllm import __version__
+from tpllm.checkpoint.rank import MANIFEST, CheckpointConfig, fingerprint, rank_file
+from tpllm.checkpoint.safetensors_file import SafetensorsFile
+from tpllm.config import ModelConfig
+from tpllm.errors import UsageError
+from tpllm.files import DIGEST, output_dir, require_space, write_json
+from tpllm.mapping import Mapping
+from tpllm.models.base import Model
+from tpllm.sharding import Source, Weight, local_shape, shard
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class SourceCheckpoint(Protocol):
+    """Where weights come from: a directory seen as full named tensors."""
+
+    kind: str
+    directory: Path
+    config: ModelConfig
+    notes: list[str]
+
+    def tensor(self, source: Source, layer: int | None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How a checkpoint is split; `dtype` "auto" keeps the source's."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    dtype: str = "auto"
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+
+
+def convert(source: SourceCheckpoint, model_class: type[Model], out: Path, options: ConvertOptions,
+            say: Callable[[str], None]) -> CheckpointConfig:
+    """Write `source` as a checkpoint directory.
+
+    Memory: the largest weight in full (for attention.qkv its three sources) and its slices for one rank.
+    """
+    config = target_config(source.config, options)
+    checkpoint = CheckpointConfig(config, options.tp_size, options.pp_size)
+    model, mappings = model_class(config), Mapping.all_ranks(options.tp_size, options.pp_size)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    shapes = [{name: (dtype, local_shape(weight, config, m)) for name, weight, _ in model.rank_weights(m)}
+              for m in mappings]
+    total = sum(dtype.itemsize * torch.Size(shape).numel() for rank in shapes for _, shape in rank.values())
+    require_space(out, total)
+    for note in source.notes:
+        say(note)
+    with output_dir(out) as partial:
+        files = [SafetensorsFile(partial / rank_file(m.rank), s) for m, s in zip(mappings, shapes, strict=True)]
+        with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+            for weight, layer in source_weights(model):
+                write_weight(weight, layer, source, model, mappings, files, bar)
+        for file in files:
+            file.close()
+        copy_tokenizer(source.directory, partial, say)
+        write_json(partial / "config.json", checkpoint.to_json())
+        write_json(partial / MANIFEST, manifest(source, files))
+    return checkpoint
+
+
+def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
+    """The source's configuration with the options applied; refused when the model cannot be split so."""
+    config = replace(config, dtype=config.dtype if options.dtype == "auto" else options.dtype,
+                     use_parallel_embedding=options.use_parallel_embedding,
+                     embedding_sharding_dim=options.embedding_sharding_dim)
+    if options.tp_size < 1 or options.pp_size < 1:
+        raise UsageError("--tp-size and --pp-size start at 1")
+    if problem := config.tp_problem(options.tp_size):
+        sizes = ", ".join(map(str, config.valid_tp_sizes()))
+        raise UsageError(f"--tp-size {options.tp_size} does not fit this model: {problem}; sizes that work: {sizes}")
+    if options.pp_size > config.num_hidden_layers:
+        raise UsageError(f"--pp-size {options.pp_size} is more than the model's {config.num_hidden_layers} layers")
+    return config
+
+
+def source_weights(model: Model) -> list[tuple[Weight, int | None]]:
+    """Every weight of the whole model once, with its global layer number."""
+    return [(weight, layer) for _, weight, layer in model.rank_weights(Mapping(1))]
+
+
+def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, model: Model,
+                 mappings: list[Mapping], files: list[SafetensorsFile], bar: tqdm) -> None:
+    """Read one weight's sources in full and write every rank's part of it."""
+    config = model.config
+    full = [source.tensor(part, layer) for part in weight.sources]
+    for mapping, file in zip(mappings, files, strict=True):
+        name = rank_name(model, weight, layer, mapping)
+        if name is None:
+            continue
+        parts = [cut(tensor, part, source.kind, config, mapping)
+                 for tensor, part in zip(full, weight.sources, strict=True)]
+        tensor = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype))
+        file.write(name, tensor)
+        bar.update(tensor.nbytes)
+
+
+def rank_name(model: Model, weight: Weight, layer: int | None, mapping: Mapping) -> str | None:
+    """The weight's name in a rank's file, or None when it is another pipeline stage's."""
+    if layer is None:
+        first, last = mapping.pp_rank == 0, mapping.pp_rank == mapping.pp_size - 1
+        return weight.name if (first if weight in model.first_weights else last) else None
+    layers = mapping.layers(model.config.num_hidden_layers)
+    return model.layer_prefix(layer - layers.start) + weight.name if layer in layers else None
+
+
+def cut(tensor: torch.Tensor, part: Source, kind: str, config: ModelConfig, mapping: Mapping) -> torch.Tensor:
+    """A rank's slice of a source tensor, rotary rows in half-split order."""
+    piece = shard(tensor, part.axes, config, mapping)
+    return halves(piece, config.head_size) if part.rotary and kind == "meta" else piece
+
+
+def halves(rows: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Per head, rows of adjacent pairs (x0, x1), (x2, x3), … as all first members, then all second ones.
+
+    Meta rotates adjacent pairs, TensorRT-LLM and Hugging Face the pairs (i, i + head_size/2).
+    """
+    heads = rows.shape[0] // head_size
+    return rows.view(heads, head_size // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def copy_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> None:
+    """Copy the tokenizer's files; Llama 1 and 2 keep theirs in the parent directory."""
+    for directory, names in ((source, TOKENIZER_FILES), (source.resolve().parent, TOKENIZER_FILES[:1])):
+        found = [directory / name for name in names if (directory / name).is_file()]
+        if found:
+            for path in found:
+                shutil.copyfile(path, target / path.name)
+            return
+    say(f"no tokenizer in {source}: token ids go in and out, or give run --tokenizer-dir")
+
+
+def manifest(source: SourceCheckpoint, files: list[SafetensorsFile]) -> dict[str, object]:
+    """What was written, so that a changed or torn file is found when it is loaded."""
+    return {
+        "tpllm": __version__, "source": {"kind": source.kind, "directory": str(source.directory.resolve())},
+        "digest": DIGEST,
+        "ranks": {f.path.name: {"bytes": f.size, "fingerprint": fingerprint(f.digests), "tensors": f.digests}
+                  for f in files},
+    }

@@ -1,0 +1,56 @@
+"""The program `tpllm`: one verb a module, each imported with nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from tpllm import __version__
+from tpllm.errors import TpllmError
+
+VERBS = ("convert", "build", "run", "bench", "launch", "sbatch", "doctor", "demo")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; the exit code tells the class of what went wrong (see `tpllm.errors`)."""
+    args = make_parser().parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        return int(args.work(args))
+    except TpllmError as e:
+        if str(e):  # another process says it
+            print(f"tpllm: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("tpllm: interrupted", file=sys.stderr)
+        return 130
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default that is a value; options without one say in words what they mean when left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.const else super()._get_help_string(action)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tpllm", description="Tensor-parallel LLaMA inference: convert, then build and run under mpirun.")
+    parser.add_argument("--version", action="version", version=f"tpllm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"tpllm.cli.{name}")
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP,
+                                formatter_class=HelpFormatter)
+        module.add_arguments(verb)
+        verb.set_defaults(work=module.work)
+    return parser
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """`--tp_size 2` and `--tp_size=2` as `--tp-size`: TensorRT-LLM's spelling is accepted everywhere."""
+    def fix(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+    return [fix(word) for word in argv]

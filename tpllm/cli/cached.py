@@ -1,0 +1,57 @@
+"""`tpllm run` on weights instead of an engine: convert and build once, into a cache."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpllm import __version__
+from tpllm.cli import build, convert
+from tpllm.files import digest
+
+if TYPE_CHECKING:
+    from tpllm.distributed import World
+
+
+def cache_root() -> Path:
+    """`TPLLM_CACHE`, by default `~/.cache/tpllm`."""
+    return Path(os.environ.get("TPLLM_CACHE") or Path.home() / ".cache" / "tpllm")
+
+
+def cached_engine(args: argparse.Namespace, world: World) -> Path:
+    """The engine for this source, this number of ranks and these options; made now if there is none yet."""
+    options = [__version__, str(world.size), args.dtype, args.backend, str(args.model_file)]
+    source: Path = args.meta_ckpt_dir or args.checkpoint_dir
+    key = world.broadcast(source_key(source, options))
+    checkpoint, engine = args.checkpoint_dir, cache_root() / f"{key}-engine"
+    model = ["--model-file", str(args.model_file)] if args.model_file else []
+    if checkpoint is None:
+        checkpoint = cache_root() / f"{key}-checkpoint"
+        argv = ["--meta-ckpt-dir", str(source), "--output-dir", str(checkpoint), "--tp-size", str(world.size),
+                "--dtype", args.dtype, *model]
+
+        def make_checkpoint() -> None:
+            if world.is_first and not checkpoint.is_dir():
+                convert.work(parse(convert, argv))
+
+        world.together("convert", make_checkpoint)
+    if not world.broadcast(engine.is_dir()):
+        argv = ["--checkpoint-dir", str(checkpoint), "--output-dir", str(engine), "--backend", args.backend, *model]
+        build.build(parse(build, argv), world)
+    return engine
+
+
+def parse(verb: object, argv: list[str]) -> argparse.Namespace:
+    """A verb's arguments with its own defaults."""
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)  # type: ignore[attr-defined]
+    return parser.parse_args(argv)
+
+
+def source_key(source: Path, options: list[str]) -> str:
+    """Changes when the source's files or the options do; reads names, sizes and times, not contents."""
+    files = sorted(source.iterdir()) if source.is_dir() else []
+    stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return digest("\n".join([str(source.resolve()), *stats, *options]).encode())[:16]

@@ -1,0 +1,150 @@
+"""What the PyTorch backends share: preparing a rank's program, its weights and its cache, and stepping."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tpllm.checkpoint.rank import RankCheckpoint
+from tpllm.distributed import World
+from tpllm.engine.base import (
+    EngineConfig,
+    RankEngine,
+    StepInput,
+    check_shard,
+    engine_file,
+    read_engine,
+    write_engine,
+)
+from tpllm.engine.torch import collectives
+from tpllm.engine.torch.device import find_device
+from tpllm.engine.torch.fused import DecodeProgram
+from tpllm.engine.torch.program import StepProgram
+from tpllm.mapping import Mapping
+from tpllm.models import find_model
+
+Step = Callable[..., torch.Tensor]
+RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
+MODEL_FILE = "model.py"  # in an engine file: the definition of a model from outside the package
+
+
+def use_threads(world: World) -> None:
+    """Share this host's cores among its ranks, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+class TorchEngine:
+    """One rank's program with its weights and cache arena; `program` takes `StepProgram.forward`'s arguments."""
+
+    def __init__(self, config: EngineConfig, program: Step, cache: torch.Tensor) -> None:
+        self.config = config
+        self.capacity = cache.shape[2]
+        self._program = program
+        self._cache = cache
+
+    @torch.inference_mode()
+    def step(self, step: StepInput) -> torch.Tensor:
+        """Float32 logits `[R, vocab]`."""
+        arrays = (step.tokens, step.query_start, step.start, step.length, step.rows)
+        return self._program(*(torch.from_numpy(a).to(self._cache.device) for a in arrays), self._cache)
+
+
+def make_cache(config: EngineConfig, device: torch.device, rows: int | None = None) -> torch.Tensor:
+    """The arena: room for `max_batch_size` sequences of full length, or as many rows as are given."""
+    model, build = config.model, config.build
+    return torch.empty(model.num_hidden_layers, 2, rows or build.max_batch_size * build.max_seq_len,
+                       model.local(config.tp_size).num_kv_heads, model.head_size,
+                       dtype=getattr(torch, model.dtype), device=device)
+
+
+@dataclass(frozen=True)
+class PreparedRank:
+    """What a rank has before its engine is made; `members` go into the engine file as they are."""
+
+    program: StepProgram
+    fingerprint: str
+    members: dict[str, bytes]
+
+
+def prepare_rank(config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None, model_file: Path | None,
+                 world: World) -> PreparedRank:
+    """The program, without its weights (export needs only shapes), and the fingerprint of the shard it is for."""
+    model = find_model(config.model.architecture, model_file)(config.model)
+    fingerprint = RankCheckpoint(checkpoint_dir, model, mapping).fingerprint() if checkpoint_dir else RANDOM
+    members = {MODEL_FILE: model_file.read_bytes()} if model_file else {}
+    return PreparedRank(StepProgram(model, mapping, find_device(config.build.device, world)), fingerprint, members)
+
+
+def load_rank(directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
+              world: World) -> tuple[StepProgram, dict[str, bytes]]:
+    """This rank's program with the weights that its engine was built for, and the engine file's members."""
+    use_threads(world)
+    collectives.bind(world)
+    meta, members = read_engine(directory, config, mapping)
+    # The model's file is read from the engine, so it stays only as long as its class is being made.
+    with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch:
+        model_file = None
+        if MODEL_FILE in members:
+            model_file = Path(scratch, MODEL_FILE)
+            model_file.write_bytes(members[MODEL_FILE])
+        model = find_model(config.model.architecture, model_file)(config.model)
+    program = StepProgram(model, mapping, find_device(config.build.device, world))
+    if checkpoint_dir is None:
+        program.randomize()
+    else:
+        checkpoint = RankCheckpoint(checkpoint_dir, model, mapping)
+        weights, fingerprint = checkpoint.load()
+        check_shard(checkpoint.path, meta, fingerprint, config)
+        program.load(weights)
+    return program, members
+
+
+def example_inputs(config: EngineConfig, device: torch.device, tokens: int, batch: int, rows: int,
+                   capacity: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Inputs of `StepProgram.forward` of the right shapes and dtypes, for export."""
+    sizes = (tokens, batch + 1, batch, batch, rows)
+    ints = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
+    return (*ints, make_cache(config, device, capacity))
+
+
+def export_step(program: StepProgram, config: EngineConfig, single: bool) -> torch.export.ExportedProgram:
+    """The graph of a step: of exactly one token (`single`), or of any number of tokens and sequences."""
+    if single:
+        shapes, inputs = None, example_inputs(config, program.device, 1, 1, 1)
+    else:
+        dim = torch.export.Dim
+        tokens, rows = dim("tokens", min=2), dim("rows", min=1)
+        batch = dim("batch", min=1)
+        capacity = dim("capacity", min=2)
+        shapes = ({0: tokens}, {0: batch + 1}, {0: batch}, {0: batch}, {0: rows}, {2: capacity})
+        inputs = example_inputs(config, program.device, 7, 3, 5, capacity=32)
+    with torch.no_grad():
+        return torch.export.export(program, inputs, dynamic_shapes=shapes)
+
+
+def export_decode(program: StepProgram, config: EngineConfig) -> torch.export.ExportedProgram:
+    """The graph of `DecodeProgram`."""
+    tokens, _, start, length, _, cache = example_inputs(config, program.device, 1, 1, 1, capacity=32)
+    shapes = (None, None, None, {2: torch.export.Dim("capacity", min=2)})
+    with torch.no_grad():
+        return torch.export.export(DecodeProgram(program), (tokens, start, length, cache), dynamic_shapes=shapes)
+
+
+def count_collectives(exported: torch.export.ExportedProgram) -> dict[str, int]:
+    """How often each collective stands in a graph."""
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    return {op: sum(name.startswith(f"tpllm.{op}.") for name in names) for op in ("all_reduce", "all_gather")}
+
+
+def write_rank_engine(out: Path, config: EngineConfig, mapping: Mapping, fingerprint: str,
+                      collectives_found: dict[str, int], members: dict[str, bytes]) -> None:
+    """Write `rank{N}.engine` into `out`."""
+    meta = RankEngine(rank=mapping.rank, tp_size=mapping.tp_size, backend=config.build.backend,
+                      config_digest=config.digest(), shard_fingerprint=fingerprint, collectives=collectives_found)
+    write_engine(out / engine_file(mapping.rank), meta, members)

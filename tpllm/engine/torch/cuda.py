@@ -1,0 +1,102 @@
+"""An engine on a GPU: decode steps replay CUDA graphs, one for each of a few batch sizes; others run as compiled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tpllm.engine.base import EngineConfig, StepInput
+from tpllm.engine.torch.base import Step, make_cache
+
+ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The batch sizes that get a graph, the last one `largest`; a batch is padded to the next of them."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, largest, 64)]
+    return [size for size in sizes if size < largest] + [largest]
+
+
+def aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+class Captured(NamedTuple):
+    """A graph of a decode step and where it leaves its logits `[batch size, vocab]`."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
+class CudaEngine:
+    """`mixed` takes `StepProgram.forward`'s arguments, `one` those of `DecodeProgram.forward`."""
+
+    def __init__(self, config: EngineConfig, mixed: Step, one: Step, device: torch.device) -> None:
+        self.config = config
+        build = config.build
+        self.capacity = build.max_batch_size * build.max_seq_len
+        # The row behind the arena's last is where padding puts its keys and values.
+        self._cache = make_cache(config, device, self.capacity + 1)
+        self._mixed, self._one = mixed, one
+        self._sizes = batch_sizes(build.max_batch_size)
+        self._inputs = torch.zeros((3, aligned(build.max_batch_size)), dtype=torch.int32, device=device)
+        self._each = torch.arange(build.max_batch_size + 1, dtype=torch.int32, device=device)
+        self._pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode():
+            # The largest first, so that the others find their memory already there.
+            self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
+
+    def _capture(self, size: int) -> Captured:
+        self._put([0] * size, [self.capacity] * size, [1] * size, size)
+        tokens, start, length = (line[:size] for line in self._inputs)
+        each = self._each[:size + 1]  # query starts, and which rows are wanted
+
+        def run() -> torch.Tensor:
+            if size == 1:
+                return self._one(tokens, start, length, self._cache)
+            return self._mixed(tokens, each, start, length, each[:size], self._cache)
+
+        run()  # kernels load at their first call, which must not be inside of a capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = run()
+        return Captured(graph, logits)
+
+    def _put(self, tokens: object, start: object, length: object, size: int) -> None:
+        """The graph's inputs, padded to `size` sequences of one token in the spare row."""
+        host = np.empty(tuple(self._inputs.shape), np.int32)
+        host[:, :size] = np.array([[0], [self.capacity], [1]], np.int32)
+        for line, values in zip(host, (tokens, start, length), strict=True):
+            line[:len(values)] = values  # type: ignore[arg-type,call-overload]
+        # From pageable memory a copy returns when the data is taken over, so `host` may go.
+        self._inputs.copy_(torch.from_numpy(host), non_blocking=True)
+
+    @torch.inference_mode()
+    def step(self, step: StepInput) -> torch.Tensor:
+        """Float32 logits `[R, vocab]` on the GPU; nothing here waits for it."""
+        batch = len(step.start)
+        if len(step.tokens) != batch:
+            return self._mixed_step(step)
+        size = next(size for size in self._sizes if size >= batch)
+        self._put(step.tokens, step.start, step.length, size)
+        captured = self._graphs[size]
+        captured.graph.replay()
+        if len(step.rows) == batch and (step.rows == np.arange(batch)).all():
+            return captured.logits[:batch].clone()  # the graph's own are overwritten by the next step
+        return captured.logits[torch.from_numpy(step.rows).to(captured.logits.device)]
+
+    def _mixed_step(self, step: StepInput) -> torch.Tensor:
+        # Compiled code is not made for no rows at all.
+        rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
+        arrays = (step.tokens, step.query_start, step.start, step.length, rows)
+        ends = np.cumsum([aligned(len(a)) for a in arrays])
+        host = np.empty(ends[-1], np.int32)
+        for array, end in zip(arrays, ends, strict=True):
+            first = end - aligned(len(array))
+            host[first:first + len(array)] = array
+        packed = torch.from_numpy(host).to(self._cache.device, non_blocking=True)
+        inputs = [packed[end - aligned(len(a)):][:len(a)] for a, end in zip(arrays, ends.tolist(), strict=True)]
+        return self._mixed(*inputs, self._cache)[:len(step.rows)]

@@ -1,0 +1,1 @@
+"""Triton kernels; these modules are imported only when an engine runs on CUDA."""

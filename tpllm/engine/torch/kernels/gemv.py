@@ -1,0 +1,79 @@
+"""One row times a matrix, at the memory's speed: normalization before, SwiGLU and residual after, in the same kernel.
+
+The kernels of a step follow each other by programmatic dependent launch where the GPU has it: each begins, and
+reads its first weights, while the one before it still runs, and waits for it only to read what it wrote.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+BLOCK_N, BLOCK_K, WARPS = 2, 1024, 4
+
+
+@triton.jit
+def _weights(pointers, rows, columns, N, K):
+    """A tile of the matrix, zeros beyond its edges; nobody reads it again in this step."""
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _gemv(x, w, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
+    if EARLY:
+        gdc_launch_dependents()
+    tile = _weights(pointers, rows, columns, N, K)
+    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
+    if EARLY:
+        gdc_wait()
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = k + columns < K
+        row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += row * row
+            row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
+        acc += tile.to(tl.float32) * row[None, :]
+        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+        if SWIGLU:
+            acc2 += tile2.to(tl.float32) * row[None, :]
+            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+    scale = tl.rsqrt(tl.sum(squares, 0) / K + epsilon) if NORM else 1.0
+    result = tl.sum(acc, 1) * scale
+    if SWIGLU:
+        result = result / (1.0 + tl.exp(-result)) * (tl.sum(acc2, 1) * scale)
+    if RESIDUAL:
+        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether the GPU can start a kernel before the one in front of it has ended (Hopper and later)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
+         residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
+    """`[1, N]`: x or, with `norm [K]`, its root-mean-square norm, times `weight [N, K]`, plus `residual [1, N]`.
+
+    With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half.
+    """
+    size = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    out = torch.empty((1, size), dtype=x.dtype, device=x.device)
+    early = launches_early(x.device)
+    _gemv[(triton.cdiv(size, BLOCK_N),)](
+        x, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
+        weight.shape[1], epsilon, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
+        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS, launch_pdl=early)
+    return out

@@ -1,0 +1,76 @@
+"""Every private name of PyTorch that tpllm uses, in one place; `tests/test_private.py` resolves each.
+
+AOTInductor's public loader imports the whole compiler (seconds); the C++ class behind it loads in milliseconds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Constants stay outside the library: an engine is code, the weights remain in the checkpoint.
+COMPILE_OPTIONS = {"aot_inductor.package_constants_in_so": False}
+
+
+def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> bytes:
+    """An exported graph compiled ahead of time, as the bytes of AOTInductor's `.pt2` archive."""
+    import torch._inductor
+
+    with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        path = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(Path(scratch, "step.pt2")),
+            inductor_configs=COMPILE_OPTIONS | {"cpp.cxx": (compiler,)})
+        return Path(path).read_bytes()
+
+
+def drop_unused(exported: torch.export.ExportedProgram) -> None:
+    """Remove what no output needs; export's checks of dtypes would keep it, and Inductor drops them too late."""
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+
+
+def load_package(package: bytes, constants: dict[str, torch.Tensor],
+                 device: torch.device) -> Callable[..., torch.Tensor]:
+    """A compiled graph as a function of its inputs; `constants` are used in place and must stay alive."""
+    from torch._C._aoti import AOTIModelPackageLoader
+
+    with tempfile.NamedTemporaryFile(prefix="tpllm-", suffix=".pt2") as file:
+        file.write(package)
+        file.flush()
+        # name of the model in the package, no locks for concurrent runs, one runner, device index
+        loader = AOTIModelPackageLoader(file.name, "model", True, 1, -1 if device.type == "cpu" else device.index)
+    names = loader.get_constant_fqns()
+    # not an inactive buffer, all constants must be given, memory remains ours
+    loader.load_constants({name: constants[name] for name in names}, False, True, True)
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = loader.boxed_run(list(inputs))[0]
+        return result
+
+    return run
+
+
+def flash_takes(q: torch.Tensor) -> bool:
+    """Whether flash attention is made for this dtype and head size."""
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def flash_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, query_start: torch.Tensor,
+                    start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Causal attention `[T, heads, size]` of packed queries to runs of rows of `keys`, `values`.
+
+    Places stay on the device: the kernel takes any first row and, with `seqused_k`, any length of each run;
+    `start [B+1]` only has to be long enough. The longest query is bounded by `T`; blocks beyond one's own end at once.
+    """
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, keys, values, query_start, start, q.shape[0], keys.shape[0], 0.0, True, False, seqused_k=length)[0]
+    return out

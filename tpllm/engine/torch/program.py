@@ -1,0 +1,200 @@
+"""A rank's model as a PyTorch module: weights, step and cache in, logits out; what both backends run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpllm.config import ModelConfig
+from tpllm.engine.torch.attention import attend, rotate_and_attend
+from tpllm.engine.torch.collectives import all_gather, all_reduce
+from tpllm.engine.torch.merge import merged_name, shared_inputs
+from tpllm.mapping import Mapping
+from tpllm.models.base import Model
+from tpllm.models.rope import inverse_frequencies
+from tpllm.sharding import Axis, axis_slice, local_shape
+
+# Values that are no weights; a compiler may write small ones into its code, so they count as part of the graph.
+INV_FREQ, VOCAB_START = "rope_inverse_frequencies", "first_vocabulary_row"
+
+
+def parameter_name(weight: str) -> str:
+    """A checkpoint name as a module attribute, which may hold no dots."""
+    return weight.replace(".", "_")
+
+
+class StepProgram(nn.Module):
+    """`forward` is one step of one rank. Weights are uninitialized until `load` (export needs only shapes)."""
+
+    def __init__(self, model: Model, mapping: Mapping, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.mapping, self.device = model, mapping, device
+        # One wide product reads weights faster than several narrow ones; on CPU weights stay as they are mapped.
+        self.groups = shared_inputs(model) if device.type == "cuda" else []
+        self._places: dict[str, tuple[str, int]] = {}  # checkpoint name → parameter, its first row there
+        shapes = {name: local_shape(weight, model.config, mapping) for name, weight, _ in model.rank_weights(mapping)}
+        self._rows = {name: shape[0] for name, shape in shapes.items()}
+        for parameter, names in self._joined(list(shapes)).items():
+            rows = 0
+            for name in names:
+                self._places[name] = (parameter, rows)
+                rows += shapes[name][0]
+            empty = torch.empty((rows, *shapes[names[0]][1:]), dtype=getattr(torch, model.config.dtype), device=device)
+            self.register_parameter(parameter, nn.Parameter(empty, requires_grad=False))
+        for name, constant in self._constants().items():
+            self.register_buffer(name, constant.to(device))
+
+    def _joined(self, names: list[str]) -> dict[str, list[str]]:
+        """Parameters, and the checkpoint's tensors whose rows each one joins."""
+        grouped = {f"{name}.{kind}": f"{merged_name(group)}.{kind}"
+                   for group in self.groups for name in group for kind in ("weight", "bias")}
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(parameter_name(grouped.get(name, name)), []).append(name)
+        return found
+
+    def _constants(self) -> dict[str, Tensor]:
+        start, _ = axis_slice(Axis.EMBEDDING_VOCAB, self.model.config, self.mapping)
+        return {INV_FREQ: torch.from_numpy(inverse_frequencies(self.model.config)),
+                VOCAB_START: torch.tensor([start])}
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take a rank checkpoint's tensors (dotted names) in place of the uninitialized ones; on CPU without a copy."""
+        if self.device.type == "cpu":
+            state = {parameter_name(name): tensor for name, tensor in weights.items()}
+            self.load_state_dict(state | dict(self.named_buffers()), strict=True, assign=True)
+            return
+        with torch.no_grad():
+            for name, (parameter, row) in self._places.items():
+                self.get_parameter(parameter)[row:row + weights[name].shape[0]].copy_(weights[name])
+
+    def rows(self, name: str) -> int:
+        """Rows of a checkpoint tensor on this rank."""
+        return self._rows[name]
+
+    def randomize(self) -> None:
+        """Random weights made in place, the same at every start, for measuring without a checkpoint."""
+        torch.manual_seed(self.mapping.rank)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+
+    def forward(self, tokens: Tensor, query_start: Tensor, start: Tensor, length: Tensor, rows: Tensor,
+                cache: Tensor) -> Tensor:
+        """The arrays of `StepInput` and the arena → float32 logits `[R, vocab]`."""
+        positions, slots = token_places(tokens.shape[0], query_start, start, length)
+        return self.model.forward(TorchOps(self, tokens, positions, slots, (query_start, start, length), rows, cache))
+
+
+class TorchOps:
+    """`Ops` on packed tensors: activations are `[T, …]`."""
+
+    def __init__(self, program: StepProgram, tokens: Tensor, positions: Tensor, slots: Tensor,
+                 runs: tuple[Tensor, Tensor, Tensor], rows: Tensor | None, cache: Tensor) -> None:
+        self.program, self.tokens, self.rows, self.cache = program, tokens, rows, cache
+        self.config: ModelConfig = program.model.config
+        self.sizes = self.config.local(program.mapping.tp_size)
+        self.tp_size = program.mapping.tp_size
+        self.slots, self.runs = slots, runs
+        self._rotations: list[tuple[Tensor, Tensor]] = []  # (rotated, what it was before)
+        if self._fused:
+            query_start, start, length = runs
+            self.runs = (query_start, F.pad(start, (0, 1)) if rows is not None else start, length)
+        angles = positions[:, None].float() * self._get(INV_FREQ)
+        self.cos, self.sin = angles.cos(), angles.sin()  # [T, head_size/2]
+
+    @property
+    def _fused(self) -> bool:
+        return self.program.device.type == "cuda"
+
+    def _get(self, name: str) -> Tensor:
+        tensor: Tensor = getattr(self.program, parameter_name(name))
+        return tensor
+
+    def _find(self, name: str) -> Tensor | None:
+        found: Tensor | None = getattr(self.program, parameter_name(name), None)
+        return found
+
+    def embedding(self, name: str) -> Tensor:
+        table = self._get(name + ".weight")
+        if not self.config.use_parallel_embedding or self.tp_size == 1:
+            return F.embedding(self.tokens, table)
+        if self.config.embedding_sharding_dim == 1:
+            return all_gather(F.embedding(self.tokens, table), self.tp_size)
+        local = self.tokens - self._get(VOCAB_START)
+        mine = (local >= 0) & (local < table.shape[0])
+        return self.all_reduce(F.embedding(local.clamp(0, table.shape[0] - 1), table) * mine[:, None])
+
+    def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
+        return x32.to(x.dtype) * self._get(name + ".weight")
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self._get(name + ".weight"), self._find(name + ".bias"))
+
+    def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
+        if names not in self.program.groups:
+            return tuple(self.linear(x, name) for name in names)
+        widths = [self.program.rows(name + ".weight") for name in names]
+        parts: tuple[Tensor, ...] = self.linear(x, merged_name(names)).split(widths, dim=-1)
+        return parts
+
+    def split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, kv, size = self.sizes.num_heads, self.sizes.num_kv_heads, self.config.head_size
+        q, k, v = qkv.view(-1, heads + 2 * kv, size).split([heads, kv, kv], dim=1)
+        return q, k, v
+
+    def rope(self, x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+        self._rotations.append((rotated, x))
+        return rotated
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        if not self._fused:
+            return attend(q, k, v, self.cache, layer, self.slots, *self.runs).flatten(1)
+        # The kernel rotates what it loads anyway; the rotation that the model asked for is then used by nobody and
+        # dropped by the compiler.
+        before = [x for tensor in (q, k) for rotated, x in self._rotations if rotated is tensor]
+        self._rotations.clear()
+        cos, sin = self.cos, self.sin
+        if len(before) == 2:
+            q, k = before
+        else:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        return rotate_and_attend(q, k, v, cos, sin, self.cache, layer, self.slots, *self.runs).flatten(1)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return all_reduce(x) if self.tp_size > 1 else x
+
+    def select_rows(self, x: Tensor) -> Tensor:
+        return x if self.rows is None else x[self.rows]
+
+    def vocab_logits(self, x: Tensor, name: str) -> Tensor:
+        logits = self.linear(x, name).float()
+        if self.tp_size > 1:
+            logits = all_gather(logits, self.tp_size)
+        return logits[:, :self.config.vocab_size]
+
+
+def token_places(count: int, query_start: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """(position in its sequence, row in the arena) of each of `count` packed tokens, both int64 `[T]`."""
+    index = torch.arange(count, device=query_start.device)
+    # Of the whole of `query_start`: of a slice of it, Inductor (torch 2.11, CUDA) searches what the slice begins in.
+    # Within bounds on any input: compilers try a graph on zeros.
+    found = torch.searchsorted(query_start, index.to(query_start.dtype), right=True)
+    owner = found.clamp(max=length.shape[0]) - 1
+    positions = length[owner] - (query_start[owner + 1] - index)
+    return positions, start[owner] + positions

