@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tpllm.compiler import find_compiler
 from tpllm.engine.torch import private
 
 PACKAGE = Path(private.__file__).parents[2]
@@ -62,8 +64,25 @@ def test_the_compiler_takes_our_arguments_and_options() -> None:
     signature = inspect.signature(resolve("torch._inductor.aoti_compile_and_package"))
     signature.bind(None, package_path="x.pt2", inductor_configs=private.COMPILE_OPTIONS)
     config: Any = importlib.import_module("torch._inductor.config")
-    for option in private.COMPILE_OPTIONS:
+    for option in [*private.COMPILE_OPTIONS, "aot_inductor.output_path"]:
         assert isinstance(config.get_type(option), type)
+
+
+def test_compiling_leaves_nothing_where_other_ranks_compile() -> None:
+    """Inductor names files by code without constants: ranks that differ in one would overwrite each other's."""
+    new = random.random()  # code that no earlier run has left there
+
+    class Add(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * new + torch.tensor([1.0, 2.0])
+
+    cache = Path(resolve("torch._inductor.runtime.cache_dir_utils.cache_dir")())
+    before = set(cache.rglob("*.wrapper*"))
+    exported = torch.export.export(Add(), (torch.zeros(2),))
+    package = private.compile_package(exported, find_compiler(print))
+    assert set(cache.rglob("*.wrapper*")) == before
+    run = private.load_package(package, {}, torch.device("cpu"))
+    torch.testing.assert_close(run(torch.ones(2)), torch.tensor([1.0, 2.0]) + new)
 
 
 @pytest.mark.parametrize("method", ["boxed_run", "get_constant_fqns", "load_constants"])

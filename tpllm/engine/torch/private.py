@@ -17,10 +17,16 @@ COMPILE_OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
 
 def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> bytes:
-    """An exported graph compiled ahead of time, as the bytes of AOTInductor's `.pt2` archive."""
-    import torch._inductor
+    """An exported graph compiled ahead of time, as the bytes of AOTInductor's `.pt2` archive.
 
-    with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings():
+    Its files get a directory of their own: Inductor names one by the graph's code without its constants, where
+    ranks whose graphs differ in a constant only would overwrite each other's files.
+    """
+    import torch._inductor
+    import torch._inductor.config
+
+    with (tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings(),
+          torch._inductor.config.patch({"aot_inductor.output_path": scratch})):
         warnings.simplefilter("ignore", FutureWarning)
         path = torch._inductor.aoti_compile_and_package(
             exported, package_path=str(Path(scratch, "step.pt2")),
