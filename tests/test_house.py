@@ -24,7 +24,7 @@ FLOORS = [
     {"errors", "mapping", "demo"},
     {"heartbeat", "launched", "devices", "runlog"},
     {"config", "files", "sampling", "tokenizer", "distributed", "compiler", "launch"},
-    {"sharding", "inputs"},
+    {"sharding", "inputs", "beam"},
     {"models"},
     {"checkpoint"},
     {"engine"},
