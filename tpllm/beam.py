@@ -63,7 +63,7 @@ class BeamSearch:
         raw = logits.log_softmax(-1)
         before = torch.tensor(self._scores, device=logits.device)[:, None]
         scores = raw
-        if self._row.params.edits:
+        if self._row.edits:
             scores = torch.stack([process(s, replace(self._row, tokens=t)) for s, t in zip(raw, tokens, strict=True)])
         # Bans that leave no token at all give way.
         for offered in (scores, raw):

@@ -126,12 +126,6 @@ class SamplingParams:
         if self.min_length > self.max_output_len:
             raise UsageError(f"--min-length {self.min_length} is above --max-output-len {self.max_output_len}")
 
-    @cached_property
-    def edits(self) -> bool:
-        """Whether `process` may change a row."""
-        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
-                    or self.no_repeat_ngram_size or self.min_length or self.bad_words or self.allowed_token_ids)
-
 
 @dataclass
 class RowState:
@@ -152,6 +146,13 @@ class RowState:
 
         generator = torch.Generator().manual_seed((params.seed + sample) % 2**64)
         return cls(params, tokens, len(tokens), end_ids, bad_words, generator)
+
+    @cached_property
+    def edits(self) -> bool:
+        """Whether `process` may change this row."""
+        p = self.params
+        return bool(p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.no_repeat_ngram_size
+                    or p.min_length or self.bad_words or p.allowed_token_ids)
 
 
 def bad_word_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
@@ -177,7 +178,7 @@ def choose(logits: Tensor, rows: Sequence[RowState]) -> list[int]:
     """
     import torch
 
-    if edited := [i for i, row in enumerate(rows) if row.params.edits]:
+    if edited := [i for i, row in enumerate(rows) if row.edits]:
         which = torch.tensor(edited, device=logits.device)
         raw = logits[which]
         new = torch.stack([process(scores, rows[i]) for scores, i in zip(raw, edited, strict=True)])
