@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tpllm.sampling import RowState, process
+from tpllm.sampling import RowState, allow, process
 
 
 @dataclass
@@ -62,12 +62,11 @@ class BeamSearch:
         """(score, parent, token) of the best continuations, best first: enough for num_beams that do not end."""
         raw = logits.log_softmax(-1)
         before = torch.tensor(self._scores, device=logits.device)[:, None]
-        scores = raw
-        if self._row.edits:
-            scores = torch.stack([process(s, replace(self._row, tokens=t)) for s, t in zip(raw, tokens, strict=True)])
-        # Bans that leave no token at all give way.
-        for offered in (scores, raw):
-            total = (offered + before).flatten()
+        rows = [replace(self._row, tokens=t) for t in tokens]
+        # Bans that leave no token at all give way, as in `choose`.
+        for edit in (process, allow) if self._row.edits else (allow,):
+            scores = torch.stack([edit(s, row) for s, row in zip(raw, rows, strict=True)])
+            total = (scores + before).flatten()
             best = total.topk(min(max(2, 1 + len(self._row.end_ids)) * self._row.params.num_beams, len(total)))
             # One question to the device for both.
             pairs = torch.stack([best.values.double(), best.indices.double()], -1).tolist()

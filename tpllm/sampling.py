@@ -174,15 +174,15 @@ def choose(logits: Tensor, rows: Sequence[RowState]) -> list[int]:
     """The next token of every row from float32 logits `[rows, vocab]`, which are left as they are.
 
     Filters in transformers' order and meaning. A row's choice depends on nothing but its own logits and state.
-    Bans that leave no token at all give way.
+    Bans that leave no token at all give way; only `allowed_token_ids` hold then.
     """
     import torch
 
     if edited := [i for i, row in enumerate(rows) if row.edits]:
         which = torch.tensor(edited, device=logits.device)
-        raw = logits[which]
-        new = torch.stack([process(scores, rows[i]) for scores, i in zip(raw, edited, strict=True)])
-        logits = logits.index_copy(0, which, torch.where((new > float("-inf")).any(-1, keepdim=True), new, raw))
+        new = torch.stack([process(logits[i], rows[i]) for i in edited])
+        rest = torch.stack([allow(logits[i], rows[i]) for i in edited])
+        logits = logits.index_copy(0, which, torch.where((new > float("-inf")).any(-1, keepdim=True), new, rest))
     best = logits.argmax(-1)
     if drawn := [i for i, row in enumerate(rows) if row.params.temperature > 0]:
         which = torch.tensor(drawn, device=logits.device)
@@ -196,19 +196,15 @@ def process(scores: Tensor, row: RowState) -> Tensor:
     import torch
 
     p, tokens, new = row.params, row.tokens, row.tokens[row.prompt_len:]
-
-    def ids_of(values: Iterable[int]) -> Tensor:
-        return torch.tensor([i for i in values if i < scores.shape[-1]], dtype=torch.long, device=scores.device)
-
     if p.repetition_penalty != 1.0:
-        seen = ids_of(set(tokens))
+        seen = ids_on(scores, set(tokens))
         old = scores[seen]
         penalty = p.repetition_penalty
         scores = scores.index_copy(0, seen, torch.where(old < 0, old * penalty, old / penalty))
     if p.presence_penalty or p.frequency_penalty:
         counts = Counter(new)
         penalties = [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()]
-        scores = scores.index_add(0, ids_of(counts), torch.tensor(penalties, dtype=scores.dtype, device=scores.device))
+        scores = scores.index_add(0, ids_on(scores, counts), torch.tensor(penalties, device=scores.device))
     banned: set[int] = set()
     if n := p.no_repeat_ngram_size:
         tail = tokens[len(tokens) + 1 - n:]
@@ -219,10 +215,24 @@ def process(scores: Tensor, row: RowState) -> Tensor:
             banned.add(last)
     if len(new) < p.min_length:
         banned |= row.end_ids
-    if p.allowed_token_ids:
-        allowed = ids_of(p.allowed_token_ids)
-        scores = torch.full_like(scores, float("-inf")).index_copy(0, allowed, scores[allowed])
-    return scores.index_fill(0, ids_of(banned), float("-inf")) if banned else scores
+    if banned:
+        scores = scores.index_fill(0, ids_on(scores, banned), float("-inf"))
+    return allow(scores, row)
+
+
+def allow(scores: Tensor, row: RowState) -> Tensor:
+    """One row's scores `[vocab]` with nothing left but `allowed_token_ids`, where there are any."""
+    if not row.params.allowed_token_ids:
+        return scores
+    allowed = ids_on(scores, row.params.allowed_token_ids)
+    return scores.new_full(scores.shape, float("-inf")).index_copy(0, allowed, scores[allowed])
+
+
+def ids_on(scores: Tensor, ids: Iterable[int]) -> Tensor:
+    """Token ids on the device of `scores` `[vocab]`; those outside of the vocabulary cannot come anyway."""
+    import torch
+
+    return torch.tensor([i for i in ids if i < len(scores)], dtype=torch.long, device=scores.device)
 
 
 def warp(scores: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
@@ -235,7 +245,7 @@ def warp(scores: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
         (p.temperature, min(p.top_k, vocab) or vocab, 1 - p.top_p if p.top_p < 1.0 else -1.0, p.min_p)
         for p in (row.params for row in rows)], dtype=torch.float64).to(scores.device)  # fmt: skip
     temperature, top_k, cut, min_p = settings.split(1, dim=-1)
-    ordered, ids = (scores / temperature.float()).sort(-1, stable=True)
+    ordered, ids = (scores / temperature.float()).sort(dim=-1, stable=True)
     # Equal scores at the edge of top_k all stay.
     ordered = ordered.masked_fill(ordered < ordered.gather(-1, vocab - top_k.long()), float("-inf"))
     if any(row.params.top_p < 1.0 for row in rows):
