@@ -151,10 +151,10 @@ def row_of(params: SamplingParams, prompt: Sequence[int] = (), new: Sequence[int
 
 def ours(logits: Tensor, row: RowState) -> Tensor:
     """What the next token is drawn from, or the largest of for greedy: scores `[vocab]`."""
-    scores = process(logits, row)
+    scores = process(logits[None], [row])
     if row.params.temperature == 0:
-        return scores
-    ordered, ids = warp(scores[None], [row])
+        return scores[0]
+    ordered, ids = warp(scores, [row])
     return torch.empty_like(logits).scatter(0, ids[0], ordered[0])
 
 
@@ -301,7 +301,7 @@ def test_presence_and_frequency_penalties_count_generated_tokens(row: RowState, 
     p, counts = row.params, Counter(row.tokens[row.prompt_len:])
     expected = [float(logit) - counts[i] * p.frequency_penalty - (counts[i] > 0) * p.presence_penalty
                 for i, logit in enumerate(logits)]
-    torch.testing.assert_close(process(logits, row), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(process(logits[None], [row]), torch.tensor([expected]), rtol=1e-5, atol=1e-5)
 
 
 # Choices of a whole step
@@ -358,6 +358,9 @@ def operations(params: SamplingParams, n: int) -> Counter[str]:
 def test_rows_cost_no_operations_of_their_own() -> None:
     """On a GPU each would be a launch, and each look at a value a round trip."""
     assert operations(SamplingParams(), 1) == operations(SamplingParams(), 64)
+    edits = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, no_repeat_ngram_size=2, min_length=3,
+                           allowed_token_ids=(1, 2, 3))  # fmt: skip
+    assert operations(edits, 1) == operations(edits, 64)
     params = SamplingParams(temperature=0.8, top_k=10, top_p=0.9, min_p=0.01)
     more = operations(params, 64) - operations(params, 1)
     assert set(more) == {"aten.rand.generator"}  # on the host, from the row's own generator

@@ -65,8 +65,7 @@ class BeamSearch:
         rows = [replace(self._row, tokens=t) for t in tokens]
         # Bans that leave no token at all give way, as in `choose`.
         for edit in (process, allow) if self._row.edits else (allow,):
-            scores = torch.stack([edit(s, row) for s, row in zip(raw, rows, strict=True)])
-            total = (scores + before).flatten()
+            total = (edit(raw, rows) + before).flatten()
             best = total.topk(min(max(2, 1 + len(self._row.end_ids)) * self._row.params.num_beams, len(total)))
             # One question to the device for both.
             pairs = torch.stack([best.values.double(), best.indices.double()], -1).tolist()

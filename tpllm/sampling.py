@@ -180,8 +180,8 @@ def choose(logits: Tensor, rows: Sequence[RowState]) -> list[int]:
 
     if edited := [i for i, row in enumerate(rows) if row.edits]:
         which = torch.tensor(edited, device=logits.device)
-        new = torch.stack([process(logits[i], rows[i]) for i in edited])
-        rest = torch.stack([allow(logits[i], rows[i]) for i in edited])
+        raw, states = logits[which], [rows[i] for i in edited]
+        new, rest = process(raw, states), allow(raw, states)
         logits = logits.index_copy(0, which, torch.where((new > float("-inf")).any(-1, keepdim=True), new, rest))
     best = logits.argmax(-1)
     if drawn := [i for i, row in enumerate(rows) if row.params.temperature > 0]:
@@ -191,48 +191,59 @@ def choose(logits: Tensor, rows: Sequence[RowState]) -> list[int]:
     return chosen
 
 
-def process(scores: Tensor, row: RowState) -> Tensor:
-    """One row's scores `[vocab]` after everything that comes before the filters of random draws."""
+def process(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Scores `[rows, vocab]` after everything that comes before the filters of random draws."""
     import torch
 
-    p, tokens, new = row.params, row.tokens, row.tokens[row.prompt_len:]
-    if p.repetition_penalty != 1.0:
-        seen = ids_on(scores, set(tokens))
-        old = scores[seen]
-        penalty = p.repetition_penalty
-        scores = scores.index_copy(0, seen, torch.where(old < 0, old * penalty, old / penalty))
-    if p.presence_penalty or p.frequency_penalty:
-        counts = Counter(new)
-        penalties = [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()]
-        scores = scores.index_add(0, ids_on(scores, counts), torch.tensor(penalties, device=scores.device))
-    banned: set[int] = set()
-    if n := p.no_repeat_ngram_size:
+    result = scores.clone()
+    flat, params = result.view(-1), [row.params for row in rows]
+    seen = places(scores, [set(row.tokens) if row.params.repetition_penalty != 1.0 else () for row in rows])
+    old = flat[seen]
+    penalty = torch.tensor([p.repetition_penalty for p in params], device=seen.device)[seen // scores.shape[-1]]
+    flat[seen] = torch.where(old < 0, old * penalty, old / penalty)
+    counts = [Counter(row.tokens[row.prompt_len:] if row.params.presence_penalty or row.params.frequency_penalty
+                      else ()) for row in rows]  # fmt: skip
+    penalties = [-p.presence_penalty - p.frequency_penalty * n
+                 for p, count in zip(params, counts, strict=True) for n in count.values()]
+    flat.index_add_(0, places(scores, counts), torch.tensor(penalties, dtype=torch.float32, device=seen.device))
+    flat[places(scores, [banned(row) for row in rows])] = float("-inf")
+    return allow(result, rows)
+
+
+def banned(row: RowState) -> set[int]:
+    """The token ids that may not come next."""
+    tokens, n = row.tokens, row.params.no_repeat_ngram_size
+    found: set[int] = set()
+    if n:
         tail = tokens[len(tokens) + 1 - n:]
-        banned |= {tokens[i + n - 1] for i in range(len(tokens) + 1 - n) if tokens[i:i + n - 1] == tail}
+        found |= {tokens[i + n - 1] for i in range(len(tokens) + 1 - n) if tokens[i:i + n - 1] == tail}
     for *start, last in row.bad_words:
         # An end token alone is no bad word, as in transformers: the text could not end.
         if tokens[len(tokens) - len(start):] == start and (start or last not in row.end_ids):
-            banned.add(last)
-    if len(new) < p.min_length:
-        banned |= row.end_ids
-    if banned:
-        scores = scores.index_fill(0, ids_on(scores, banned), float("-inf"))
-    return allow(scores, row)
+            found.add(last)
+    if len(tokens) - row.prompt_len < row.params.min_length:
+        found |= row.end_ids
+    return found
 
 
-def allow(scores: Tensor, row: RowState) -> Tensor:
-    """One row's scores `[vocab]` with nothing left but `allowed_token_ids`, where there are any."""
-    if not row.params.allowed_token_ids:
-        return scores
-    allowed = ids_on(scores, row.params.allowed_token_ids)
-    return scores.new_full(scores.shape, float("-inf")).index_copy(0, allowed, scores[allowed])
-
-
-def ids_on(scores: Tensor, ids: Iterable[int]) -> Tensor:
-    """Token ids on the device of `scores` `[vocab]`; those outside of the vocabulary cannot come anyway."""
+def allow(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Scores `[rows, vocab]` of nothing but `allowed_token_ids` in the rows that have some."""
     import torch
 
-    return torch.tensor([i for i in ids if i < len(scores)], dtype=torch.long, device=scores.device)
+    allowed = places(scores, [row.params.allowed_token_ids for row in rows])
+    kept = torch.full_like(scores, float("-inf"))
+    kept.view(-1)[allowed] = scores.flatten()[allowed]
+    limited = torch.tensor([[bool(row.params.allowed_token_ids)] for row in rows], device=scores.device)
+    return torch.where(limited, kept, scores)
+
+
+def places(scores: Tensor, ids: Iterable[Iterable[int]]) -> Tensor:
+    """Where each row's token ids are in flattened scores; those outside of the vocabulary cannot come anyway."""
+    import torch
+
+    vocab = scores.shape[-1]
+    return torch.tensor([number * vocab + i for number, row in enumerate(ids) for i in row if i < vocab],
+                        dtype=torch.long, device=scores.device)
 
 
 def warp(scores: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
