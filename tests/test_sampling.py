@@ -152,10 +152,7 @@ def row_of(params: SamplingParams, prompt: Sequence[int] = (), new: Sequence[int
 def ours(logits: Tensor, row: RowState) -> Tensor:
     """What the next token is drawn from, or the largest of for greedy: scores `[vocab]`."""
     scores = process(logits[None], [row])
-    if row.params.temperature == 0:
-        return scores[0]
-    ordered, ids = warp(scores, [row])
-    return torch.empty_like(logits).scatter(0, ids[0], ordered[0])
+    return (warp(scores, [row]) if row.params.temperature else scores)[0]
 
 
 def of_transformers(logits: Tensor, row: RowState) -> Tensor:

@@ -246,39 +246,43 @@ def places(scores: Tensor, ids: Iterable[Iterable[int]]) -> Tensor:
                         dtype=torch.long, device=scores.device)
 
 
-def warp(scores: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
-    """Temperature, top-k, top-p and min-p: scores `[rows, vocab]` in ascending order, those filtered out -inf, and
-    the token ids in that order."""
+def warp(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Scores `[rows, vocab]` after temperature, top-k, top-p and min-p; -inf where a token is filtered out."""
     import torch
 
-    vocab = scores.shape[-1]
+    params, vocab = [row.params for row in rows], scores.shape[-1]
     settings = torch.tensor([
         (p.temperature, min(p.top_k, vocab) or vocab, 1 - p.top_p if p.top_p < 1.0 else -1.0, p.min_p)
-        for p in (row.params for row in rows)], dtype=torch.float64).to(scores.device)  # fmt: skip
+        for p in params], dtype=torch.float64).to(scores.device)  # fmt: skip
     temperature, top_k, cut, min_p = settings.split(1, dim=-1)
-    ordered, ids = (scores / temperature.float()).sort(dim=-1, stable=True)
-    # Equal scores at the edge of top_k all stay.
-    ordered = ordered.masked_fill(ordered < ordered.gather(-1, vocab - top_k.long()), float("-inf"))
-    if any(row.params.top_p < 1.0 for row in rows):
-        removed = ordered.softmax(-1).cumsum(-1, dtype=torch.float64).float() <= cut.float()
+    scores = scores / temperature.float()
+    if widest := max(p.top_k if p.top_k < vocab else 0 for p in params):
+        # Equal scores at the edge all stay.
+        edge = scores.topk(widest).values.gather(-1, top_k.long().clamp(max=widest) - 1)
+        scores = scores.masked_fill((scores < edge) & (top_k < vocab), float("-inf"))
+    if nucleus := [i for i, p in enumerate(params) if p.top_p < 1.0]:
+        which = torch.tensor(nucleus, device=scores.device)
+        ordered, ids = scores[which].sort(dim=-1, stable=True)
+        # Summed in float64, so that the order in which a device adds does not decide.
+        removed = ordered.softmax(-1).cumsum(-1, dtype=torch.float64).float() <= cut[which].float()
         removed[:, -1] = False
-        ordered = ordered.masked_fill(removed, float("-inf"))
-    if any(row.params.min_p for row in rows):
-        likely = ordered.softmax(-1)
-        ordered = ordered.masked_fill(likely < min_p.float() * likely[:, -1:], float("-inf"))
-    return ordered, ids
+        removed = torch.empty_like(removed).scatter(-1, ids, removed)  # back in the vocabulary's order
+        scores[which] = scores[which].masked_fill(removed, float("-inf"))
+    if any(p.min_p for p in params):
+        likely = scores.softmax(-1)
+        scores = scores.masked_fill(likely < min_p.float() * likely.amax(-1, keepdim=True), float("-inf"))
+    return scores
 
 
 def draw(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
     """A token of every row `[rows]`, drawn with the row's own generator from what `warp` leaves."""
     import torch
 
-    ordered, ids = warp(scores, rows)
-    # In float64, so that the order in which a device sums does not decide a draw.
-    reached = ordered.double().softmax(-1).cumsum(-1)
-    uniform = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=row.generator) for row in rows])
-    place = torch.searchsorted(reached, uniform.to(scores.device) * reached[:, -1:], right=True)
-    return ids.gather(-1, place.clamp_(max=scores.shape[-1] - 1))[:, 0]
+    reached = warp(scores, rows).softmax(-1).cumsum(-1, dtype=torch.float64)
+    uniform = 1 - torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=row.generator) for row in rows])
+    # Above 0 and up to 1: the first token that reaches it is one that was left. (Not a number is never reached.)
+    place = torch.searchsorted(reached, uniform.to(scores.device) * reached[:, -1:])
+    return place.clamp_(max=scores.shape[-1] - 1)[:, 0]
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[dict[int, float]]:
