@@ -252,8 +252,8 @@ def warp(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
 
     params, vocab = [row.params for row in rows], scores.shape[-1]
     settings = torch.tensor([
-        (p.temperature, min(p.top_k, vocab) or vocab, 1 - p.top_p if p.top_p < 1.0 else -1.0, p.min_p)
-        for p in params], dtype=torch.float64).to(scores.device)  # fmt: skip
+        (p.temperature, min(p.top_k, vocab) or vocab, 1 - p.top_p, p.min_p) for p in params],
+        dtype=torch.float64).to(scores.device)
     temperature, top_k, cut, min_p = settings.split(1, dim=-1)
     scores = scores / temperature.float()
     if widest := max(p.top_k if p.top_k < vocab else 0 for p in params):
