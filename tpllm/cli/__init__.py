@@ -30,7 +30,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default that is a value; options without one say in words what they mean when left out."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.const else super()._get_help_string(action)
+        return action.help if action.default in (None, ()) or action.const else super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:

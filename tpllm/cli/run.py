@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 
 from tpllm.cli import interactive
 from tpllm.cli.cached import cached_engine
+from tpllm.cli.options import add_sampling_arguments, sampling_params
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.engine.base import BuildConfig
 from tpllm.launch import CONSOLE
-from tpllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from tpllm.answer import GenerationOutput
     from tpllm.distributed import World
     from tpllm.inputs import Request
     from tpllm.runner import ModelRunner
+    from tpllm.sampling import SamplingParams
 
 HELP = "prompts -> text (mpirun -n TP tpllm run ...)"
 
@@ -47,18 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="print text as it is generated")
     add_sampling_arguments(parser)
     add_rank_arguments(parser)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that are fields of `SamplingParams`, with its defaults."""
-    default = SamplingParams()
-    parser.add_argument("--max-output-len", type=int, default=default.max_output_len, help="tokens to generate")
-    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=default.top_k, help="0 is off")
-    parser.add_argument("--top-p", type=float, default=default.top_p, help="1 is off")
-    parser.add_argument("--seed", "--random-seed", type=int, default=default.seed, help="of each prompt's draws")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
-    parser.add_argument("--end-id", type=int, metavar="ID", help="end token (default: the tokenizer's)")
 
 
 def work(args: argparse.Namespace) -> int:
@@ -101,7 +90,7 @@ def run(args: argparse.Namespace, world: World) -> int:
 def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingParams]]:
     """The prompts and each one's sampling: the command line's, with what its own line sets."""
     from tpllm.errors import DataError, UsageError
-    from tpllm.inputs import SAMPLING_FIELDS, Request, read_requests
+    from tpllm.inputs import Request, read_requests
 
     if args.meta_ckpt_dir and (args.engine_dir or args.checkpoint_dir):
         raise UsageError("--meta-ckpt-dir goes without --engine-dir and --checkpoint-dir")
@@ -111,7 +100,7 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
         raise UsageError("give --input-text TEXT or --input-file FILE; for a prompt to type at: tpllm launch run …")
     if interactive.wants_lines(args) and args.output_json:
         raise UsageError("--output-json needs --input-text or --input-file")
-    common = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS if hasattr(args, name)})
+    common = sampling_params(args)
     if args.input_file:
         requests = read_requests(args.input_file)
     else:
