@@ -193,7 +193,7 @@ def same(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.05, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 63, 64, 1000])
 @pytest.mark.parametrize(("temperature", "min_p"), [(0.3, 0.0), (1.0, 0.0), (2.5, 0.0), (1.0, 0.1), (1.0, 1.0)])
 def test_what_is_drawn_from_is_transformers(temperature: float, top_k: int, top_p: float, min_p: float,
