@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenizer import write_tiktoken
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,7 +194,7 @@ def same(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.05, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 63, 64, 1000])
 @pytest.mark.parametrize(("temperature", "min_p"), [(0.3, 0.0), (1.0, 0.0), (2.5, 0.0), (1.0, 0.1), (1.0, 1.0)])
 def test_what_is_drawn_from_is_transformers(temperature: float, top_k: int, top_p: float, min_p: float,
@@ -431,10 +432,13 @@ def test_logprobs_are_the_models_own(batch: list[Tensor], top: int, data: Any) -
         assert sorted(found.values(), reverse=True)[:len(best)] == pytest.approx(best, abs=1e-4)
 
 
-@pytest.mark.parametrize("word", ["Monday", "the", "day after", "é", "12", "\n"])
+@pytest.mark.parametrize("kind", ["llama2", "llama3"])
+@pytest.mark.parametrize("word", ["Monday", "the", "day after", "é", "12", "naïve: x"])
 @pytest.mark.parametrize("sentence", ["{}", "{} is it", "It is {} now", "x\n{}", "x\n {} y", "({})"])
-def test_a_bad_word_is_found_where_a_tokenizer_writes_it(word: str, sentence: str) -> None:
-    tokenizer = load_tokenizer(MODEL_DIR)
+def test_a_bad_word_is_found_where_a_tokenizer_writes_it(word: str, sentence: str, kind: str, tmp_path: Path) -> None:
+    if kind == "llama3":
+        write_tiktoken(tmp_path)
+    tokenizer = load_tokenizer(tmp_path if kind == "llama3" else MODEL_DIR)
     assert tokenizer
     words = bad_word_ids([word], tokenizer.encode)
     ids = tokenizer.encode(sentence.format(word))
