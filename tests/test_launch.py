@@ -21,11 +21,12 @@ import pytest
 
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
-from tpllm.launch import CONSOLE, DEFAULTS
 from tpllm.launch.console import ConsoleLines, ConsoleServer
 from tpllm.launch.estimate import all_reduce_note, all_reduce_share, weight_bytes
 from tpllm.launch.launchers import Launcher, find_launcher
 from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
+from tpllm.launched import CONSOLE
+from tpllm.settings import DEFAULTS
 
 OPEN_MPI_4 = "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
 OPEN_MPI_5 = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
@@ -143,7 +144,7 @@ def test_a_site_has_the_last_word(install: Install, capsys: pytest.CaptureFixtur
     assert "keepalive" not in line and "plm_rsh_args" not in line
     monkeypatch.setenv("TPLLM_KEEPALIVE_SECONDS", "soon")
     _, errors = refused(capsys, "-n", "2", "--host", "h0,h1", *PROMPTS)
-    assert "TPLLM_KEEPALIVE_SECONDS='soon' is not a number; its default is 10" in errors
+    assert "TPLLM_KEEPALIVE_SECONDS='soon' is not a number from 0 on; its default is 10" in errors
 
 
 def test_hydra(install: Install, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tpllm.cli.interactive import wants_lines
 from tpllm.errors import PreflightError, UsageError
-from tpllm.launch import FINISHED_FILE
 from tpllm.launch.estimate import all_reduce_note, read_model, tp_size
 from tpllm.launch.hostfile import Host, emit, parse_hosts, place, read_hostfile, slurm_hosts
 from tpllm.launch.launchers import Job, Launcher, find_launcher
 from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
 from tpllm.launch.watch import Watch, say
+from tpllm.launched import FINISHED_FILE
 
 HELP = "start a verb on its ranks: finds Open MPI, MPICH, Intel MPI or srun"
 RANKED = ("build", "run", "doctor", "batch", "eval", "bench")

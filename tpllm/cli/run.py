@@ -15,7 +15,7 @@ from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.engine.base import BuildConfig
-from tpllm.launch import CONSOLE
+from tpllm.launched import CONSOLE
 from tpllm.sampling import SamplingParams
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tpllm.launch import seconds, setting
+from tpllm.settings import seconds, setting
 
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "W8A16": 1.0, "W4A16": 0.5, "W4A16_AWQ": 0.5}
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tpllm.launch import FINISHED_FILE, seconds
+from tpllm.launched import FAILURE, FINISHED_FILE
+from tpllm.settings import seconds
 
 CLASSES = frozenset((2, 10, 11, 12, 20, 21, 22, 75))  # exit codes of tpllm's own, see README
 KILL_AFTER = 5.0  # seconds from a SIGTERM to the SIGKILL
@@ -50,6 +51,8 @@ class Watch:
                 except subprocess.TimeoutExpired:
                     self._look(time.monotonic(), ends_at)
             self._sweep()
+        with contextlib.suppress(OSError):
+            print(Path(f"{self._mark}{FAILURE}").read_text(encoding="utf-8"), end="", file=sys.stderr, flush=True)
         return self._meaning(code)
 
     @contextlib.contextmanager
