@@ -16,6 +16,7 @@ from makers import LLAMA2_MHA, make_meta_dir
 
 from tpllm import devices
 from tpllm.cli import main
+from tpllm.launched import memory_limit
 
 STAGES = ["world", "versions", "files", "memory", "devices", "peer access", "all-reduce", "clocks"]
 
@@ -174,3 +175,19 @@ def test_the_numa_node_is_the_kernels() -> None:
     for file in Path("/sys/bus/pci/devices").glob("*/numa_node"):
         node = int(file.read_text(encoding="ascii"))
         assert devices.numa_node(file.parent.name.upper()) == (None if node < 0 else node)
+
+
+@pytest.mark.parametrize(("names", "prefix"), [
+    (("memory.max", "memory.current"), ""), (("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_")])
+def test_files_in_a_cgroup_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str],
+                                      prefix: str) -> None:
+    """What was only read or written gives way; what processes hold does not."""
+    limit, used = names
+    (tmp_path / limit).write_text("1000000\n", encoding="ascii")
+    (tmp_path / used).write_text("900000\n", encoding="ascii")
+    (tmp_path / "memory.stat").write_text(
+        f"anon 100\nactive_file 0\ninactive_file 5\n{prefix}active_file 200000\n{prefix}inactive_file 300000\n",
+        encoding="ascii")
+    monkeypatch.setattr("tpllm.launched.cgroup_files", lambda version2, version1: [tmp_path / limit])
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    assert memory_limit() == (600000, f"the limit of cgroup {tmp_path}")

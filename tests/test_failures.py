@@ -107,6 +107,14 @@ def test_any_failure_of_any_rank_ends_the_job(work: Path, tmp_path: Path, kind: 
     assert not (tmp_path / "e").exists()
 
 
+def test_out_of_memory_says_so(work: Path) -> None:
+    """A rank is killed, and the kernel's counter of such kills has risen."""
+    env = {"TEST_FAIL": "SIGKILL:1:3", "TEST_OUT_OF_MEMORY": "1"}
+    done = tpllm(["launch", "--timeout", "60", "-n", "2", *run_argv(work)], env)
+    assert done.returncode == 22, done.stderr
+    assert re.search(r"tpllm: rank 1 of 2 on \S+ failed in \w+: it was killed for lack of memory", done.stderr)
+
+
 def processes_with(mark: str) -> list[str]:
     """Living processes whose environment holds `mark`, given some time to go."""
     def living() -> list[str]:
@@ -219,3 +227,14 @@ def test_demo_without_a_compiler_falls_back_to_eager() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on with --backend eager" in done.stdout
     assert re.search(r"demo: (\d+) of \1 checkable answers are right", done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["finish", "abort"])
+def test_a_library_that_never_lets_go(kind: str) -> None:
+    """MPI's own end never returns on one rank: all end within the bound, after all of them were done."""
+    started = time.monotonic()
+    done = mpirun(2, [str(HERE / "ending_program.py"), kind], timeout=60, check=False)
+    assert time.monotonic() - started < 30 and done.returncode != 124
+    assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
+    if kind == "abort":
+        assert done.returncode == 12

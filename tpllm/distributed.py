@@ -186,7 +186,7 @@ class World:
             why = "died without a word: killed, crashed, or its host is lost"
         if not told:
             name_failure(f"tpllm: rank {failure.rank} of {self.size} on {failure.host} failed in {failure.stage}: it "
-                         f"{why}")
+                         f"{why}", code)
         time.sleep(MESSAGE_SECONDS)  # aborting a job drops what is on its way to the console
         self.abort(code)
 
@@ -198,8 +198,7 @@ class World:
         self.log.write("".join(traceback.format_exception(kind, error, trace)))
         if not isinstance(error, TpllmError):
             traceback.print_exception(kind, error, trace)
-        print(f"tpllm: rank {self.rank} of {self.size} on {self.host} failed in {stage}: {what}", file=sys.stderr,
-              flush=True)
+        name_failure(f"tpllm: rank {self.rank} of {self.size} on {self.host} failed in {stage}: {what}", code)
         if self._heartbeat:
             self._heartbeat.tell(failed=vars(Failure(self.rank, self.host, stage, what, code)))
         self.abort(code)

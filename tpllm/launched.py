@@ -15,7 +15,7 @@ NOT_A_STEP = ("4294967291", "4294967290", "batch", "extern")
 
 # Set by launch for the ranks.
 FINISHED_FILE = "TPLLM_FINISHED_FILE"  # where rank 0 writes its verb's exit code when that has ended in order
-FAILURE = ".failure"  # a suffix of the same: where the first failure is named
+FAILURE = ".failure"  # a suffix of the same: the exit code and the sentence of the first failure
 CONSOLE = "TPLLM_CONSOLE"  # where rank 0 gets the lines that a user types
 
 
@@ -25,11 +25,11 @@ def leave_mark(code: int) -> None:
         Path(path).write_text(f"{code}\n", encoding="utf-8")
 
 
-def name_failure(text: str) -> None:
-    """On the console once; by way of launch where that is, as Open MPI drops what ranks print while a job is ended."""
+def name_failure(text: str, code: int) -> None:
+    """Print it; by way of launch where that is, as Open MPI drops what other ranks print while it ends a job."""
     try:
         with open(os.environ[FINISHED_FILE] + FAILURE, "x", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(f"{code}\n{text}\n")
     except FileExistsError:  # by the first of the others to notice
         pass
     except (KeyError, OSError):
@@ -119,7 +119,11 @@ def memory_limit() -> tuple[int, str]:
     for limit in cgroup_files("memory.max", "memory.limit_in_bytes"):
         used = limit.with_name("memory.current" if limit.name == "memory.max" else "memory.usage_in_bytes")
         try:
-            bounds.append((int(limit.read_text()) - int(used.read_text()), f"the limit of cgroup {limit.parent}"))
+            stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+            # Files that were read or written count as used, but give way: a checkpoint just converted, for example.
+            files = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("active_file", "inactive_file"))
+            free = int(limit.read_text()) - int(used.read_text()) + files
+            bounds.append((free, f"the limit of cgroup {limit.parent}"))
         except (OSError, ValueError):  # "max"
             continue
     if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
