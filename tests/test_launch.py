@@ -21,11 +21,13 @@ import pytest
 
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
-from tpllm.launch import CONSOLE, DEFAULTS
+from tpllm.devices import Device
 from tpllm.launch.console import ConsoleLines, ConsoleServer
 from tpllm.launch.estimate import all_reduce_note, all_reduce_share, weight_bytes
 from tpllm.launch.launchers import Launcher, find_launcher
 from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
+from tpllm.launched import CONSOLE
+from tpllm.settings import DEFAULTS
 
 OPEN_MPI_4 = "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
 OPEN_MPI_5 = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
@@ -143,7 +145,7 @@ def test_a_site_has_the_last_word(install: Install, capsys: pytest.CaptureFixtur
     assert "keepalive" not in line and "plm_rsh_args" not in line
     monkeypatch.setenv("TPLLM_KEEPALIVE_SECONDS", "soon")
     _, errors = refused(capsys, "-n", "2", "--host", "h0,h1", *PROMPTS)
-    assert "TPLLM_KEEPALIVE_SECONDS='soon' is not a number; its default is 10" in errors
+    assert "TPLLM_KEEPALIVE_SECONDS='soon' is not a number from 0 on; its default is 10" in errors
 
 
 def test_hydra(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,10 +315,26 @@ def test_the_share_of_all_reduces() -> None:
 def test_the_share_is_said_with_what_it_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPLLM_ALLREDUCE_US", "20")
     monkeypatch.setenv("TPLLM_MEMORY_GB_S", "")
-    assert all_reduce_note(LLAMA_2_7B, 4, 2, True) == (
+    assert all_reduce_note(LLAMA_2_7B, 4, "2 hosts", True) == (
         "2 hosts: the 64 all-reduces of a token at batch 1 will take about 54% of its time, assuming 20 us for one and "
         "3000 GB/s of memory a rank (TPLLM_ALLREDUCE_US, TPLLM_MEMORY_GB_S)")
-    assert all_reduce_note({}, 4, 2, True) == "2 hosts: every layer's two all-reduces cross the network"
+    assert all_reduce_note({}, 4, "2 hosts", True) == "2 hosts: every layer's two all-reduces are slow"
+
+
+@pytest.mark.parametrize(("device", "peers", "said"), [
+    ("cuda", [(1,), (0,)], False), ("cuda", [(1,), ()], True), ("cpu", [(1,), ()], False)])  # fmt: skip
+def test_gpus_without_peer_access_are_told_beforehand(install: Install, tmp_path: Path, device: str, said: bool,
+                                                      peers: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """The third GPU is not used."""
+    gpus = [Device(i, "Fake GPU", f"GPU-{i}", 80 << 30, reached) for i, reached in enumerate([*peers, ()])]
+    monkeypatch.setattr("tpllm.cli.launch.driver_inventory", lambda: gpus)
+    monkeypatch.setattr("tpllm.cli.launch.start", lambda *_: 0)
+    install("mpirun", OPEN_MPI_5)
+    engine = config(tmp_path / "engine", 2, True, device=device)
+    assert main(["launch", "run", "--engine-dir", engine, "--input-text", "a"]) == 0
+    errors = capsys.readouterr().err
+    assert ("launch: GPU 1 does not reach all others' memory: the 64 all-reduces of a token" in errors) == said
 
 
 def test_this_host() -> None:

@@ -16,7 +16,7 @@ from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.engine.base import BuildConfig
-from tpllm.launch import CONSOLE
+from tpllm.launched import CONSOLE
 
 if TYPE_CHECKING:
     from tpllm.answer import GenerationOutput
