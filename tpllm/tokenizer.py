@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-from tpllm.errors import DataError
+from tpllm.chat import Message, Template, check_messages, jinja, llama2, llama3
+from tpllm.errors import DataError, UsageError
 
 # Meta's pattern and special tokens of Llama 3 (llama-models, tokenizer.py).
 LLAMA3_PATTERN = (
@@ -29,6 +31,9 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int
     end_ids: frozenset[int]
+    control: Mapping[str, int]  # the control tokens' ids by their text
+    directory: Path | None = None  # where the model may have a chat template of its own
+    meta_template: Template | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -38,9 +43,32 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens have none, half characters become U+FFFD."""
 
+    def chat(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant's answer begins; control tokens in its text stay text.
+
+        Raises `DataError` for messages that the model's template does not take, `UsageError` if it has none.
+        """
+        if self._template is None:
+            raise UsageError(f"{self.directory} has no chat template (chat_template.jinja, or in "
+                             "tokenizer_config.json): give prompts without --chat")
+        check_messages(messages)
+        return [i for piece in self._template(messages, self.control)
+                for i in ([piece] if isinstance(piece, int) else self._text_ids(piece))]
+
+    @cached_property
+    def _template(self) -> Template | None:
+        return (jinja(self.directory) if self.directory else None) or self.meta_template
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Ids of `text` inside of a sequence."""
+        ids = self.encode(text)
+        return ids[1:] if ids[:1] == [self.bos_id] else ids
+
 
 class SentencePieceTokenizer(Tokenizer):
     """Llama 1 and 2: a sentencepiece model."""
+
+    meta_template = staticmethod(llama2)
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -52,6 +80,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._model.bos_id()
         self.end_ids = frozenset({self._model.eos_id()} - {-1})
+        self.control = {"<s>": self.bos_id, "</s>": self._model.eos_id()}
 
     def encode(self, text: str) -> list[int]:
         return [self.bos_id, *self._model.encode(text)]
@@ -65,6 +94,7 @@ class TiktokenTokenizer(Tokenizer):
     """Llama 3: a text file of `base64(token) rank` lines, after which the special tokens are numbered."""
 
     exact = True
+    meta_template = staticmethod(llama3)
 
     def __init__(self, path: Path) -> None:
         import tiktoken
@@ -83,7 +113,7 @@ class TiktokenTokenizer(Tokenizer):
         special |= {name: base + offset for name, offset in LLAMA3_SPECIAL.items()}
         self._model = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
                                         special_tokens=special)
-        self._base = base
+        self._base, self.control = base, special
         self.vocab_size = base + LLAMA3_RESERVED
         self.bos_id = special["<|begin_of_text|>"]
         self.end_ids = frozenset(special[name] for name in ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"))
@@ -102,9 +132,10 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
     head = path.read_bytes()[:4096].split(b"\n")[0]
-    if re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\r?", head):
-        return TiktokenTokenizer(path)
-    return SentencePieceTokenizer(path)
+    is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\r?", head)
+    tokenizer = TiktokenTokenizer(path) if is_tiktoken else SentencePieceTokenizer(path)
+    tokenizer.directory = directory
+    return tokenizer
 
 
 class Detokenizer:

@@ -21,7 +21,8 @@ from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.sharding import Source, Weight, local_shape, shard
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja")
 
 
 class SourceCheckpoint(Protocol):
