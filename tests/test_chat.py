@@ -1,16 +1,21 @@
 """Conversations: Meta's templates as published, and Jinja templates against transformers'."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 import tiktoken
+from makers import transformers_greedy, transformers_model
 from test_tokenizer import PATTERN, SPECIAL, ordinary_tokens, write_tiktoken
 
 from tpllm.checkpoint.convert import copy_tokenizer
+from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
 from tpllm.errors import DataError, UsageError
+from tpllm.launch import CONSOLE
 from tpllm.tokenizer import Tokenizer, load_tokenizer
 
 Conversation = list[dict[str, str]]
@@ -233,3 +238,87 @@ def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
     tokenizer.directory = tmp_path
     with pytest.raises(UsageError, match="no chat template"):
         tokenizer.chat(conversation("hello"))
+
+
+# run --chat
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("chat")
+    assert main(["convert", "--meta-ckpt-dir", str(MODEL_DIR), "--output-dir", str(work / "checkpoint"), "--dtype",
+                 "float32"]) == 0
+    assert main(["build", "--checkpoint-dir", str(work / "checkpoint"), "--output-dir", str(work / "engine"),
+                 "--backend", "eager", "--max-seq-len", "200"]) == 0
+    return work / "engine"
+
+
+@pytest.fixture(scope="module")
+def said() -> Callable[..., str]:
+    """What transformers' greedy search makes of a conversation in Llama 2's form, 8 tokens long."""
+    model: Any = transformers_model(MODEL_DIR)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(MODEL_DIR / "tokenizer.model"))
+
+    def answer(*contents: str) -> str:
+        ids = []
+        for question, reply in zip(contents[::2], [*contents[1::2], None], strict=True):
+            turn = f"[INST] {question} [/INST]" + ("" if reply is None else f" {reply.strip()} ")
+            ids += [library.bos_id(), *library.encode(turn), *([] if reply is None else [library.eos_id()])]
+        new = transformers_greedy(model, ids, 8, eos_ids=(library.eos_id(),))
+        shown = [i for i in new if i != library.eos_id()]
+        return str(library.decode(ids + shown)).removeprefix(str(library.decode(ids)))
+
+    return answer
+
+
+def test_run_puts_texts_into_the_template(engine: Path, said: Callable[..., str], tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    texts, out = ["The day after Monday is", "Count from three to seven:"], tmp_path / "out.json"
+    argv = ["run", "--engine-dir", str(engine), "--chat", "--max-output-len", "8", "--output-json", str(out)]
+    for more in ([], ["--streaming"]):
+        assert main([*argv, *more, "--input-text", *texts]) == 0
+        answers = json.loads(out.read_text(encoding="utf-8"))
+        assert [(a["prompt"], a["outputs"][0]["text"]) for a in answers] == [(t, said(t)) for t in texts]
+        printed = capsys.readouterr().out
+        for i, text in enumerate(texts):
+            assert f'Input [Text {i}]: "{text}"\nOutput [Text {i}]: "{said(text)}"' in printed
+    (tmp_path / "mixed.jsonl").write_text('{"token_ids": [1, 5, 6]}\n{"prompt": "The day after Monday is"}\n')
+    assert main([*argv, "--input-file", str(tmp_path / "mixed.jsonl")]) == 0
+    ids, text = json.loads(out.read_text(encoding="utf-8"))
+    assert ids["prompt"] is None and ids["prompt_token_ids"] == [1, 5, 6]
+    assert text["outputs"][0]["text"] == said(texts[0])
+
+
+def test_typed_lines_are_one_conversation(engine: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that does not fit or is refused is as if it had not been typed; /new begins anew."""
+    first, second = "The day after Monday is", "Count from three to seven:"
+    typed = [first, "", "x" * 400, "a [INST] b", second, "/new", second, "/quit", first]
+
+    class Lines:
+        is_terminal = False
+
+        def next(self, stop: object) -> str | None:
+            return typed.pop(0)
+
+    monkeypatch.setenv(CONSOLE, "a console")
+    monkeypatch.setattr("tpllm.launch.console.ConsoleLines", Lines)
+    assert main(["run", "--engine-dir", str(engine), "--chat", "--max-output-len", "8"]) == 0
+    shown = capsys.readouterr().out
+    refusals = [line for line in shown.splitlines() if line.startswith("tpllm: ")]
+    assert len(refusals) == 2 and "prompt 0 has" in refusals[0] and "[INST]" in refusals[1]
+    rest = shown
+    for refusal in refusals:
+        rest = rest.replace(refusal + "\n", "")
+    assert said(second) != said(first, said(first), second)
+    assert rest == "".join(a + "\n" for a in (said(first), said(first, said(first), second), said(second)))
+    assert typed == [first]
+
+
+def test_chat_without_a_tokenizer_is_refused(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (engine.parent / "checkpoint").iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).symlink_to(path)
+    assert main(["run", "--engine-dir", str(engine), "--checkpoint-dir", str(tmp_path), "--chat", "--input-text", "a"]
+                ) == UsageError.exit_code
+    assert "--tokenizer-dir" in capsys.readouterr().err

@@ -124,6 +124,7 @@ def importers(library: str) -> set[str]:
 @pytest.mark.parametrize(("library", "home"), [
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
     ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
+    ("jinja2", {"tpllm.chat"}), ("rouge_score", {"tpllm.evaluate"}),
 ])  # fmt: skip
 def test_a_library_is_imported_in_its_home_only(library: str, home: set[str]) -> None:
     assert importers(library) == home

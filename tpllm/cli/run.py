@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=".txt one prompt a line, .jsonl, .csv or .npy of token ids")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write prompts, tokens and text here")
     parser.add_argument("--streaming", action="store_true", help="print text as it is generated")
+    parser.add_argument("--chat", action="store_true",
+                        help="put each text into the model's chat template; typed lines are one conversation")
     add_sampling_arguments(parser)
     add_rank_arguments(parser)
 
@@ -69,7 +71,6 @@ def run(args: argparse.Namespace, world: World) -> int:
     """The verb, on every rank."""
     from tpllm.distributed import SharedError
     from tpllm.errors import InterruptedRun
-    from tpllm.inputs import Request
     from tpllm.runner import ModelRunner
 
     requests, params = world.together("input", lambda: read_input(args) if world.is_first else ([], []))
@@ -78,17 +79,21 @@ def run(args: argparse.Namespace, world: World) -> int:
     runner = ModelRunner.from_dir(engine_dir, args.tokenizer_dir, args.checkpoint_dir, world)
     loaded = time.perf_counter()
     if interactive.wants_lines(args):
-        interactive.converse(world, lambda line: stream(runner, [Request(0, line, {})], params))
+        interactive.converse(world, lambda prompt: stream(runner, [prompt], params, []),
+                             interactive.Conversation(runner) if args.chat else None)
         return 0
-    prompts = [request.prompt for request in requests]
+    said = [request.prompt for request in requests]
+    prompts = world.together("chat", lambda: [
+        interactive.chat_ids(runner, [], p) if args.chat and isinstance(p, str) else p for p in said])
     if args.streaming:
-        outputs = stream(runner, requests, params)
+        outputs = stream(runner, prompts, params, said)
     else:
         outputs = runner.generate(prompts, params)
     seconds = time.perf_counter() - loaded
     if world.is_first:
         for output, request in zip(outputs, requests, strict=True):
             output.id = request.id
+            output.prompt = request.prompt if isinstance(request.prompt, str) else None  # as said, not as templated
         report(outputs, args)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         print(f"run: {len(outputs)} prompt(s), {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s) on "
@@ -125,15 +130,16 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
     return requests, params
 
 
-def stream(runner: ModelRunner, requests: list[Request], params: list[SamplingParams]) -> list[GenerationOutput]:
+def stream(runner: ModelRunner, prompts: list[str | list[int]], params: list[SamplingParams],
+           said: list[str | list[int]]) -> list[GenerationOutput]:
     """Generate, printing a single prompt's text as it comes; of several, each answer when it ends."""
-    results = runner.collector([request.prompt for request in requests], params)
+    results = runner.collector(prompts, params)
     for event in results:
-        if len(requests) == 1:
+        if len(prompts) == 1:
             piece = event.text if event.text is not None else f"{event.token_id} "
             print(piece, end="\n" if event.finish_reason else "", flush=True)
         elif event.finish_reason:
-            print_answer(event.index, results.outputs[event.index])
+            print_answer(event.index, said[event.index], event.answer)
     return results.outputs
 
 
@@ -143,15 +149,15 @@ def report(outputs: list[GenerationOutput], args: argparse.Namespace) -> None:
 
     if not args.streaming:
         for i, output in enumerate(outputs):
-            print_answer(i, output)
+            print_answer(i, output.prompt_token_ids if output.prompt is None else output.prompt, output)
     if args.output_json:
         partial = args.output_json.with_name(args.output_json.name + ".partial")
         write_json(partial, [output.to_json() for output in outputs])
         partial.replace(args.output_json)
 
 
-def print_answer(number: int, output: GenerationOutput) -> None:
+def print_answer(number: int, prompt: str | list[int], output: GenerationOutput) -> None:
     """In TensorRT-LLM's words; token ids where there is no text."""
     answer = output.outputs[0]
-    print(f'Input [Text {number}]: "{output.prompt if output.prompt is not None else output.prompt_token_ids}"')
+    print(f'Input [Text {number}]: "{prompt}"')
     print(f'Output [Text {number}]: "{answer.text if answer.text is not None else answer.token_ids}"', flush=True)
