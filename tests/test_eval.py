@@ -337,7 +337,8 @@ def test_bad_data_is_refused_before_the_engine_is_looked_for(
 def test_bad_options_are_refused(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["eval", "--task", "summarize", "--data-dir", str(data.directory / "summarize"), "--engine-dir", "none"]
-    for more, words in ((["--limit", "0"], "--limit is 0"), (["--output-json", "no/such/file"], "no/such")):
+    for more, words in ((["--limit", "0"], "--limit is 0"), (["--max-output-len", "0"], "--max-output-len is 0"),
+                        (["--output-json", "no/such/file"], "no/such")):
         assert main([*argv, *more]) == UsageError.exit_code
         assert words in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)

@@ -193,6 +193,7 @@ class Summaries(Task):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self._params = SamplingParams(max_output_len=settings.max_output_len)
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError:
@@ -203,7 +204,7 @@ class Summaries(Task):
         self._pairs = [pair for path in files for pair in read_summaries(path)][:settings.limit]
 
     def prompts(self, tokenizer: Tokenizer, build: BuildConfig) -> tuple[list[list[int]], SamplingParams]:
-        params, cut, prompts = SamplingParams(max_output_len=self.settings.max_output_len), 0, []
+        params, cut, prompts = self._params, 0, []
         size = room(build, params.max_output_len)
         for document, _ in self._pairs:
             ids = tokenizer.encode(document.rstrip() + " TL;DR:")

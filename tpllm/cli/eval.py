@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpllm.cli.ranked import add_rank_arguments, with_world
+from tpllm.distributed import SharedError, World
+from tpllm.errors import InterruptedRun, UsageError
 from tpllm.evaluate import TASKS, Settings, Task
+from tpllm.files import write_json
 from tpllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from tpllm.distributed import World
     from tpllm.runner import ModelRunner
 
 HELP = "perplexity, MMLU or summaries of local data -> scores (mpirun -n TP tpllm eval ...)"
@@ -41,8 +43,6 @@ def work(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace, world: World) -> int:
     """The verb, on every rank; rank 0 alone reads the data and scores."""
-    from tpllm.distributed import SharedError
-    from tpllm.errors import InterruptedRun
     from tpllm.runner import ModelRunner
 
     task = world.together("data", lambda: read_data(args) if world.is_first else None)
@@ -62,16 +62,12 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
 
 
 def read_data(args: argparse.Namespace) -> Task:
-    from tpllm.errors import UsageError
-
     if args.output_json and not args.output_json.parent.is_dir():
         raise UsageError(f"--output-json {args.output_json}: there is no directory {args.output_json.parent}")
     return TASKS[args.task](Settings(args.data_dir, args.limit, args.stride, args.max_output_len))
 
 
 def make_prompts(task: Task | None, runner: ModelRunner) -> tuple[list[list[int]], SamplingParams]:
-    from tpllm.errors import UsageError
-
     if task is None:
         return [], SamplingParams()
     if runner.tokenizer is None:
@@ -81,8 +77,6 @@ def make_prompts(task: Task | None, runner: ModelRunner) -> tuple[list[list[int]
 
 def report(result: dict[str, Any], path: Path | None) -> None:
     """The table on the console, everything in the file."""
-    from tpllm.files import write_json
-
     width = max(len(score["name"]) for score in result["scores"])
     for score in result["scores"]:
         error = score["standard_error"]
@@ -91,6 +85,4 @@ def report(result: dict[str, Any], path: Path | None) -> None:
     rest = {name: value for name, value in result.items() if name not in ("scores", "answers")}
     print("eval: " + ", ".join(f"{name} {value}" for name, value in rest.items()), flush=True)
     if path:
-        partial = path.with_name(path.name + ".partial")
-        write_json(partial, result)
-        partial.replace(path)
+        write_json(path, result)

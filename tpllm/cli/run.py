@@ -151,9 +151,7 @@ def report(outputs: list[GenerationOutput], args: argparse.Namespace) -> None:
         for i, output in enumerate(outputs):
             print_answer(i, output.prompt_token_ids if output.prompt is None else output.prompt, output)
     if args.output_json:
-        partial = args.output_json.with_name(args.output_json.name + ".partial")
-        write_json(partial, [output.to_json() for output in outputs])
-        partial.replace(args.output_json)
+        write_json(args.output_json, [output.to_json() for output in outputs])
 
 
 def print_answer(number: int, prompt: str | list[int], output: GenerationOutput) -> None:
