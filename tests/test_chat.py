@@ -9,7 +9,10 @@ import pytest
 import sentencepiece
 import tiktoken
 from makers import transformers_greedy, transformers_model
+from test_hub_tokenizer import ENDS, KINDS, both, write
 from test_tokenizer import PATTERN, SPECIAL, ordinary_tokens, write_tiktoken
+from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers
 
 from tpllm.checkpoint.convert import copy_tokenizer
 from tpllm.cli import main
@@ -171,7 +174,6 @@ def test_llama_2s_tags_in_a_message_are_refused(tag: str) -> None:
 
 
 def transformers_text(template: str, messages: Conversation) -> str:
-    from tokenizers import Tokenizer as Library
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
@@ -238,6 +240,47 @@ def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
     tokenizer.directory = tmp_path
     with pytest.raises(UsageError, match="no chat template"):
         tokenizer.chat(conversation("hello"))
+
+
+# tokenizer.json
+
+
+TURNS = ("{% for m in messages %}{{ bos_token }}[{{ m['role'] }}] {{ m['content'] }} [/] {{ eos_token }}{% endfor %}\n"
+         "{{ 'the fox' if add_generation_prompt }}")
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("messages", [*CONVERSATIONS, conversation("the fox", " jumps ", "naïve\n")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hub_tokenizer_gives_the_ids_of_transformers(kind: str, messages: Conversation, first_only: bool,
+                                                       tmp_path: Path) -> None:
+    """Also where a blank is put in front of the whole text only, not of the text behind each control token."""
+    write(tmp_path, kind, chat_template=TURNS)
+    if first_only:
+        library = Library.from_file(str(tmp_path / "tokenizer.json"))
+        state = json.loads(library.to_str()) | {"normalizer": None}
+        library = Library.from_str(json.dumps(state))
+        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        library.save(str(tmp_path / "tokenizer.json"))
+    ours, theirs = both(tmp_path)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.chat(messages) == expected
+    assert theirs.eos_token_id not in ours.encode("a" + ENDS[kind][1])  # a typed one is text again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_control_tokens_typed_to_a_hub_tokenizer_are_text(kind: str, tmp_path: Path) -> None:
+    ours, theirs = both(write(tmp_path, kind, chat_template=TURNS))
+    typed = "fox" + ENDS[kind][1] + "dog"
+    ids = ours.chat(conversation(typed))
+    assert [i for i in ids if i in theirs.all_special_ids] == [theirs.bos_token_id, theirs.eos_token_id]
+    assert ours.decode(ids).replace(" ", "") == f"[user]{typed}[/]thefox"
+
+
+def test_a_hub_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
+    ours, _ = both(write(tmp_path, "llama3"))
+    with pytest.raises(UsageError, match="no chat template"):
+        ours.chat(conversation("hello"))
 
 
 # run --chat
