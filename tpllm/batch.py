@@ -9,10 +9,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from tqdm import tqdm
 
@@ -131,7 +131,7 @@ class BatchJob:
                 if request.id in self._answered:
                     self.skipped += 1
                     continue
-                job = runner.prepare(number, request.model_input(runner.tokenizer),
+                job = runner.prepare(number, request.templated(runner.tokenizer).prompt,
                                      replace(self._params, **request.sampling))
             except (TpllmError, ValueError, RecursionError) as e:
                 if self._mine(number):
@@ -208,7 +208,7 @@ def run_batch(runner: ModelRunner, job: BatchJob | None, drain_seconds: float) -
     """Answer a job until its end, or until it is drained; collective, and only rank 0 has the job."""
     source = job.source(runner) if job else iter(())
     # Closed when writing fails, too: the other ranks wait for the end.
-    with contextlib.closing(runner.serve(source, drain_seconds)) as events:
+    with contextlib.closing(cast("Generator[TokenEvent]", runner.serve(source, drain_seconds))) as events:
         for event in events:
             assert job
             job.take(event)

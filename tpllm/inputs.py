@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tpllm.errors import DataError, UsageError
 from tpllm.sampling import SamplingParams
+from tpllm.tokenizer import Tokenizer
 
 SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)}
 OPENAI_URLS = ("/v1/chat/completions", "/v1/completions")
@@ -23,9 +24,19 @@ class Request:
     """One prompt, as text, as token ids or as a chat, and the sampling fields that its line sets."""
 
     id: int | str
-    prompt: str | list[int] | list[Message]
+    prompt: str | list[int]
     sampling: dict[str, Any]
     place: str = field(default="", compare=False)  # "FILE line N", for messages
+    messages: list[Message] | None = None  # in place of the prompt, until it is known how to write them
+
+    def templated(self, tokenizer: Tokenizer | None) -> Request:
+        """The same with messages as the prompt that the tokenizer's chat template makes of them."""
+        if self.messages is None:
+            return self
+        chat = getattr(tokenizer, "chat", None)
+        if chat is None:
+            raise DataError(f"{self.place}: the tokenizer has no chat template".removeprefix(": "))
+        return replace(self, prompt=chat(self.messages), messages=None)
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -107,7 +118,10 @@ def parse_line(data: Any, number: int, place: str) -> Request:
     identity = data.get("id", number)
     if type(identity) not in (int, str):
         raise ValueError("'id' must be a string or a whole number")
-    return Request(identity, prompt, {k: v for k, v in data.items() if k in SAMPLING_FIELDS}, place)
+    sampling = {k: v for k, v in data.items() if k in SAMPLING_FIELDS}
+    if given[0] == "messages":
+        return Request(identity, "", sampling, place, prompt)
+    return Request(identity, prompt, sampling, place)
 
 
 def is_message(data: Any) -> bool:
@@ -121,8 +135,9 @@ def from_openai(data: dict[str, Any]) -> dict[str, Any]:
     if unknown := data.keys() - {"custom_id", "method", "url", "body"}:
         raise ValueError(f"unknown field {sorted(unknown)[0]!r} beside 'body'")
     if data.get("url") not in OPENAI_URLS or not isinstance(body, dict):
-        raise ValueError(f"a line with 'body', an object, needs a 'url' out of {', '.join(OPENAI_URLS)}")
-    fields = {OPENAI_NAMES.get(k, k): v for k, v in body.items() if v is not None and k not in OPENAI_IGNORED}
+        raise ValueError(f"a line with an object 'body' has a 'url' out of {', '.join(OPENAI_URLS)}")
+    fields: dict[Any, Any] = {
+        OPENAI_NAMES.get(k, k): v for k, v in body.items() if v is not None and k not in OPENAI_IGNORED}
     if isinstance(fields.get("stop_words"), str):
         fields["stop_words"] = [fields["stop_words"]]
     if isinstance(wanted := fields.get("logprobs"), bool):  # of chats; the number is a field of its own

@@ -100,7 +100,7 @@ def open_job(args: argparse.Namespace) -> tuple[BatchJob, float]:
     drain = seconds("TPLLM_DRAIN_SECONDS") * 2 / 3 if args.drain_seconds is None else args.drain_seconds
     if not 0 <= drain < float("inf"):
         raise UsageError(f"--drain-seconds is {drain}; it starts at 0")
-    params = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS})
+    params = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS if hasattr(args, name)})
     return BatchJob(args.input_file, args.output_file, params, args.shard, args.resume, args.overwrite), drain
 
 

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     if interactive.wants_lines(args):
         interactive.converse(world, lambda line: stream(runner, [Request(0, line, {})], params))
         return 0
+    requests = world.together("input", lambda: [request.templated(runner.tokenizer) for request in requests])
     prompts = [request.prompt for request in requests]
     if args.streaming:
         outputs = stream(runner, requests, params)
