@@ -177,17 +177,20 @@ def test_a_signal_drains(two: SimpleNamespace, tmp_path: Path, number: int, comm
 
 
 @pytest.fixture
-def one(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def one(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """`batch` on an engine for one rank; the exit code. The output is `out.jsonl`, or `output`."""
     built = build(LLAMA2_MHA)
     monkeypatch.setattr(World.start(), "draining", False)
     monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
 
     def batch(given: Path, *more: str, output: str = "out.jsonl") -> int:
         return main(["batch", "--engine-dir", str(built.engine), "--input-file", str(given), "--output-file", output,
                      "--max-output-len", "5", *more])
 
-    return batch
+    yield batch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -311,7 +314,7 @@ def test_drained_within_its_time(one: Callable[..., int], prompts: Prompts, monk
 
     def signalled(job: BatchJob, event: TokenEvent) -> None:
         take(job, event)
-        if job.answered == 4:
+        if job.counts["answered"] == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(BatchJob, "take", signalled)
@@ -332,7 +335,7 @@ def test_a_signal_after_the_last_prompt_is_no_interruption(one: Callable[..., in
 
     def signalled(job: BatchJob, event: TokenEvent) -> None:
         take(job, event)
-        if job.answered == len(prompts[1]):
+        if job.counts["answered"] == len(prompts[1]):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(BatchJob, "take", signalled)
@@ -461,7 +464,7 @@ def test_a_thousand_bad_lines(demo: Built, tmp_path: Path, capsys: pytest.Captur
     good = [place + (place >= 700) for place in good]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     job = BatchJob(tmp_path / "in.jsonl", tmp_path / "out.jsonl", SamplingParams(max_output_len=1))
-    run_batch(demo.runner, job, 0.0)
+    run_batch(demo.runner, job)
     job.close()
     assert len(read(tmp_path / "out.jsonl")) == 30
     found = errors_of(tmp_path / "out.jsonl")
@@ -493,7 +496,7 @@ class FakeRunner:
 def serve(tmp_path: Path, lines: Lines, runner: Any, **options: Any) -> BatchJob:
     """A job that has ended."""
     job = BatchJob(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", SamplingParams(), **options)
-    run_batch(runner, job, 0.0)
+    run_batch(runner, job)
     job.close()
     return job
 
@@ -514,7 +517,7 @@ def test_resumed_anywhere(tmp_path_factory: pytest.TempPathFactory, ids: list[tu
     content = output.read_bytes()
     output.write_bytes(content[:data.draw(st.integers(0, len(content)))])
     job = serve(tmp_path, lines, FakeRunner(), resume=True)
-    assert read(output) == answers and job.skipped + job.answered == len(answers)
+    assert read(output) == answers and job.counts["skipped"] + job.counts["answered"] == len(answers)
     assert (errors_of(output) if errors else []) == errors
 
 
@@ -531,11 +534,11 @@ def test_a_large_input_is_not_held(tmp_path: Path) -> None:
 
     tracemalloc.start()
     job = BatchJob(given, tmp_path / "out.jsonl", SamplingParams())
-    run_batch(Runner(), job, 0.0)  # type: ignore[arg-type]
+    run_batch(Runner(), job)  # type: ignore[arg-type]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     job.close()
-    assert job.answered == 3000 and peak < 3e6
+    assert job.counts["answered"] == 3000 and peak < 3e6
 
 
 def test_chats_go_through_the_tokenizers_template(tmp_path: Path) -> None:

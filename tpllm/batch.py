@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -55,35 +55,34 @@ class JsonLines:
     def write(self, data: dict[str, Any]) -> None:
         line = memoryview(json.dumps(data).encode() + b"\n")
         end = self.size + len(line)
-        try:
+        with self._refusing():
             while line:
                 line = line[self._file.write(line):]
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                self.cut(self.size)
-            raise self._failed(e) from None
         self.size = end
 
     def sync(self, now: bool = False) -> None:
         """Have the disk hold what was written, at most once in a while: a slow disk must not hold up the ranks."""
         started = time.monotonic()
-        if self._synced == self.size or (started < self._sync_at and not now):
-            return
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as e:
-            raise self._failed(e) from None
-        self._synced, ended = self.size, time.monotonic()
-        self._sync_at = ended + max(SYNC_SECONDS, 20 * (ended - started))
+        if self._synced != self.size and (now or started >= self._sync_at):
+            with self._refusing():
+                os.fsync(self._file.fileno())
+            self._synced, ended = self.size, time.monotonic()
+            self._sync_at = ended + max(SYNC_SECONDS, 20 * (ended - started))
 
     def close(self, keep_empty: bool) -> None:
         if not self.size and not keep_empty:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
-    def _failed(self, error: OSError) -> PreflightError:
-        return PreflightError(f"cannot write {self.path}: {error.strerror}; what is in it is whole: make room and give "
-                              "the same command with --resume")
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                self.cut(self.size)
+            raise PreflightError(f"cannot write {self.path}: {e.strerror}; what is in it is whole: make room, and the "
+                                 "same command with --resume goes on") from None
 
 
 class BatchJob:
@@ -93,23 +92,22 @@ class BatchJob:
     """
 
     def __init__(self, input_file: Path, output_file: Path, params: SamplingParams, shard: tuple[int, int] = (0, 1),
-                 resume: bool = False, overwrite: bool = False) -> None:
+                 resume: bool = False, overwrite: bool = False, drain_seconds: float = 0.0) -> None:
         """Raises UsageError or DataError for files that cannot be used, before anything is changed."""
-        self._params, self._shard = params, shard
+        self.drain_seconds = drain_seconds
+        self._path, self._params, self._shard = input_file, params, shard
         errors_file = output_file.with_name(output_file.name + ".errors.jsonl")
         check_files(input_file, output_file, errors_file, resume or overwrite)
-        self._input = open(input_file, "rb")
-        lines = Counter(number % shard[1] for number, _ in read_lines(self._input))
+        lines = Counter(number % shard[1] for number, _ in read_lines(input_file))
         if not lines:
             raise DataError(f"{input_file} has no prompts")
-        self._total = lines[shard[0]]
         self._output = JsonLines(output_file)
         self._answered, self._whole = answered_ids(output_file) if resume else (set(), 0)
         self._errors = JsonLines(errors_file)
         self._lines: dict[int | str, int] = {}  # id → its line
         self._running: dict[int, int | str] = {}  # line → id
         self._exhausted = False
-        self.answered = self.skipped = self.errors = self.tokens = 0
+        self.counts = {"lines": lines[shard[0]], "answered": 0, "skipped": 0, "errors": 0, "tokens": 0}
         self._started = self._show_at = time.monotonic()
 
     def source(self, runner: ModelRunner) -> Iterator[Job]:
@@ -118,24 +116,24 @@ class BatchJob:
         self._errors.cut(0)
         self._started = time.monotonic()
         self._show_at = self._started + (BAR_SECONDS if sys.stderr.isatty() else LINE_SECONDS)
-        for number, line in read_lines(self._input):
-            data = None
+        for number, line in read_lines(self._path):
+            mine, data = number % self._shard[1] == self._shard[0], None
             try:
                 data = decode(line)
-                # The lines of other shards too: an id that comes twice must be answered in one place.
                 request = parse_line(data, number, "")
+                # The lines of other shards too: an id that comes twice is answered in one place.
                 if (first := self._lines.setdefault(request.id, number)) != number:
                     raise DataError(f"id {request.id!r} is that of line {first + 1} already")
-                if not self._mine(number):
+                if not mine:
                     continue
                 if request.id in self._answered:
-                    self.skipped += 1
+                    self.counts["skipped"] += 1
                     continue
                 job = runner.prepare(number, request.templated(runner.tokenizer).prompt,
                                      replace(self._params, **request.sampling))
             except (TpllmError, ValueError, RecursionError) as e:
-                if self._mine(number):
-                    self._reject(number, data, e)
+                if mine:
+                    self._refuse(number, data, str(e)[:500])
                 continue
             self._running[number] = request.id
             yield job
@@ -143,11 +141,11 @@ class BatchJob:
 
     def take(self, event: TokenEvent) -> None:
         """Write the answer if this was its last token."""
-        self.tokens += 1
+        self.counts["tokens"] += 1
         if event.last:
             event.answer.id = self._running.pop(event.index)
             self._output.write(event.answer.to_json())
-            self.answered += 1
+            self.counts["answered"] += 1
         self._output.sync()
         if time.monotonic() >= self._show_at:
             self._show()
@@ -159,56 +157,48 @@ class BatchJob:
 
     def finish(self) -> None:
         """All that was written is on the disk; raises DataError when nothing but bad lines was there."""
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+        self._show(end="\n")
         self._output.sync(now=True)
         self._errors.sync(now=True)
-        if self.errors == self._total:
+        if self.counts["errors"] == self.counts["lines"]:
             raise DataError(f"no line could be answered: see {self._errors.path}")
 
     def close(self) -> None:
         """Files without a line go, unless they are the whole result."""
         self._output.close(keep_empty=not self.interrupted)
         self._errors.close(keep_empty=False)
-        self._input.close()
 
     def summary(self) -> dict[str, Any]:
         """Facts for the run's record."""
-        seconds = time.monotonic() - self._started
-        return {"input_file": self._input.name, "output_file": str(self._output.path), "shard": "/".join(
-                    map(str, self._shard)), "lines": self._total, "answered": self.answered, "skipped": self.skipped,
-                "errors": self.errors, "tokens": self.tokens, "tokens_per_s": round(self.tokens / seconds, 1)}
+        rate = self.counts["tokens"] / (time.monotonic() - self._started)
+        return {**self.counts, "tokens_per_s": round(rate, 1), "shard": "{}/{}".format(*self._shard)}
 
-    def _mine(self, number: int) -> bool:
-        index, count = self._shard
-        return number % count == index
-
-    def _reject(self, number: int, data: Any, error: Exception) -> None:
+    def _refuse(self, number: int, data: Any, why: str) -> None:
         """Report a line, under its id if one can be told."""
         identity = data.get("id", data.get("custom_id", number)) if isinstance(data, dict) else None
         self._errors.write({"line": number + 1, "id": identity if isinstance(identity, int | str) else None,
-                            "error": str(error)[:500]})
-        self.errors += 1
-        if self.errors <= SHOWN_ERRORS:
-            print(f"batch: line {number + 1}: {str(error)[:500]}", file=sys.stderr, flush=True)
-        elif self.errors == SHOWN_ERRORS + 1:
+                            "error": why})
+        self.counts["errors"] += 1
+        if self.counts["errors"] <= SHOWN_ERRORS:
+            print(f"batch: line {number + 1}: {why}", file=sys.stderr, flush=True)
+        elif self.counts["errors"] == SHOWN_ERRORS + 1:
             print(f"batch: more lines like these are in {self._errors.path}", file=sys.stderr, flush=True)
 
-    def _show(self) -> None:
+    def _show(self, end: str = "") -> None:
         """The progress bar: redrawn on a terminal, a line of its own in a log."""
-        seconds, terminal = time.monotonic() - self._started, sys.stderr.isatty()
-        self._show_at = time.monotonic() + (BAR_SECONDS if terminal else LINE_SECONDS)
-        meter = tqdm.format_meter(self.answered + self.skipped + self.errors, self._total, seconds, prefix="batch",
-                                  ascii=True, unit=" lines", initial=self.skipped,
-                                  postfix=f"{self.tokens / seconds:.1f} tokens/s")
-        print(f"\r\033[K{meter}" if terminal else meter, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        now, terminal, facts = time.monotonic(), sys.stderr.isatty(), self.summary()
+        self._show_at = now + (BAR_SECONDS if terminal else LINE_SECONDS)
+        done = facts["answered"] + facts["skipped"] + facts["errors"]
+        meter = tqdm.format_meter(done, facts["lines"], now - self._started, prefix="batch", ascii=True, unit=" lines",
+                                  initial=facts["skipped"], postfix=f"{facts['tokens_per_s']} tokens/s")
+        print(f"\r\033[K{meter}" if terminal else meter, end=end if terminal else "\n", file=sys.stderr, flush=True)
 
 
-def run_batch(runner: ModelRunner, job: BatchJob | None, drain_seconds: float) -> None:
+def run_batch(runner: ModelRunner, job: BatchJob | None) -> None:
     """Answer a job until its end, or until it is drained; collective, and only rank 0 has the job."""
-    source = job.source(runner) if job else iter(())
+    served = runner.serve(job.source(runner), job.drain_seconds) if job else runner.serve(iter(()))
     # Closed when writing fails, too: the other ranks wait for the end.
-    with contextlib.closing(cast("Generator[TokenEvent]", runner.serve(source, drain_seconds))) as events:
+    with contextlib.closing(cast("Generator[TokenEvent]", served)) as events:
         for event in events:
             assert job
             job.take(event)
@@ -227,17 +217,15 @@ def check_files(input_file: Path, output_file: Path, errors_file: Path, may_exis
         raise UsageError(f"{output_file} exists; --resume goes on with it, --overwrite begins anew")
 
 
-def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(number from 0, line) of all that are not blank, from the start; what is beyond `MAX_LINE` comes cut."""
-    file.seek(0)
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        rest = line
-        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE + 1)
-        if line.strip():
-            yield number, line
-        number += 1
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 0, line) of all that are not blank; what is beyond `MAX_LINE` comes cut."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b"")):
+            rest = line
+            while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE + 1)
+            if line.strip():
+                yield number, line
 
 
 def decode(line: bytes) -> Any:

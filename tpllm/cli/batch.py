@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.cli.run import add_sampling_arguments
@@ -60,38 +58,27 @@ def run(args: argparse.Namespace, world: World) -> int:
     from tpllm.errors import InterruptedRun
     from tpllm.runner import ModelRunner
 
-    with draining_on_signals(world):
-        job, drain_seconds = world.together("input", lambda: open_job(args) if world.is_first else (None, 0.0))
-        try:
-            runner = ModelRunner.from_dir(args.engine_dir, args.tokenizer_dir, args.checkpoint_dir, world)
-            world.together("batch", lambda: run_batch(runner, job, drain_seconds))
-        finally:
-            if job:
-                job.close()
-                world.log.facts = job.summary()
+    # SIGTERM too, which Slurm sends to the ranks of an srun step; and a single process has no other handler yet.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(world, "draining", True))
+    job = world.together("input", lambda: open_job(args) if world.is_first else None)
+    try:
+        runner = ModelRunner.from_dir(args.engine_dir, args.tokenizer_dir, args.checkpoint_dir, world)
+        world.together("batch", lambda: run_batch(runner, job))
+    finally:
         if job:
-            report(world.log.facts, world.size)
-        if world.broadcast(job.interrupted if job else False):
-            raise SharedError("interrupted: the same command with --resume goes on", InterruptedRun.exit_code)
+            job.close()
+            world.log.facts = job.summary()
+    if job:
+        print("batch: {answered} answered, {skipped} had been before, {errors} refused, of {lines} line(s) (shard "
+              "{shard}); {tokens} tokens, {tokens_per_s} tokens/s".format_map(world.log.facts))
+    if world.broadcast(job.interrupted if job else False):
+        raise SharedError("interrupted: the same command with --resume goes on", InterruptedRun.exit_code)
     return 0
 
 
-@contextmanager
-def draining_on_signals(world: World) -> Iterator[None]:
-    """SIGTERM drains too: Slurm sends it to the ranks of an srun step; without a launcher the user sends it."""
-    def drain(*_: object) -> None:
-        world.draining = True
-
-    old = {number: signal.signal(number, drain) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def open_job(args: argparse.Namespace) -> tuple[BatchJob, float]:
-    """Check all that can be checked before the engine loads; with the seconds to drain for."""
+def open_job(args: argparse.Namespace) -> BatchJob:
+    """Check all that can be checked before the engine loads."""
     from tpllm.batch import BatchJob
     from tpllm.errors import UsageError
     from tpllm.inputs import SAMPLING_FIELDS
@@ -101,11 +88,4 @@ def open_job(args: argparse.Namespace) -> tuple[BatchJob, float]:
     if not 0 <= drain < float("inf"):
         raise UsageError(f"--drain-seconds is {drain}; it starts at 0")
     params = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS if hasattr(args, name)})
-    return BatchJob(args.input_file, args.output_file, params, args.shard, args.resume, args.overwrite), drain
-
-
-def report(facts: dict[str, Any], ranks: int) -> None:
-    """The summary on the console."""
-    print(f"batch: {facts['answered']} answered, {facts['skipped']} had been before, {facts['errors']} refused, of "
-          f"{facts['lines']} line(s) (shard {facts['shard']}); {facts['tokens']} tokens, {facts['tokens_per_s']} "
-          f"tokens/s on {ranks} rank(s)")
+    return BatchJob(args.input_file, args.output_file, params, args.shard, args.resume, args.overwrite, drain)
