@@ -345,18 +345,27 @@ def test_a_signal_after_the_last_prompt_is_no_interruption(one: Callable[..., in
 # Disks
 
 
+@contextlib.contextmanager
+def tmpfs(directory: Path) -> Iterator[Path]:
+    """A file system of 4096 bytes."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", str(directory)], capture_output=True,
+                          text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
 @pytest.fixture(params=["tmpfs", "short writes"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that takes 4096 bytes."""
     directory = tmp_path / "small"
     directory.mkdir()
     if request.param == "tmpfs":
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", str(directory)], capture_output=True,
-                              text=True)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
-        yield directory
-        subprocess.run(["umount", str(directory)], check=True)
+        with tmpfs(directory):
+            yield directory
         return
     real = open
 
@@ -396,6 +405,15 @@ def test_a_full_disk_stops_the_job_with_nothing_torn(one: Callable[..., int], pr
     moved.write_bytes(output.read_bytes())
     assert one(given, "--resume", output="moved.jsonl") == 0
     assert tokens(read(moved)).keys() == {line["id"] for line in lines}
+
+
+def test_a_full_disk_ends_all_ranks_in_order(two: SimpleNamespace, tmp_path: Path) -> None:
+    with tmpfs(tmp_path):
+        done = mpirun(2, [*two.argv, "--output-file", str(tmp_path / "out.jsonl")], timeout=60, check=False)
+        assert done.returncode == 10, done.stderr
+        assert done.stderr.count("tpllm: ") == 1 and "No space left on device" in done.stderr
+        answers = tokens(read(tmp_path / "out.jsonl"))
+    assert answers and answers.items() <= two.answers.items()
 
 
 def test_all_ends_up_on_the_disk(one: Callable[..., int], prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
