@@ -407,6 +407,7 @@ def test_a_full_disk_stops_the_job_with_nothing_torn(one: Callable[..., int], pr
     assert tokens(read(moved)).keys() == {line["id"] for line in lines}
 
 
+@pytest.mark.full
 def test_a_full_disk_ends_all_ranks_in_order(two: SimpleNamespace, tmp_path: Path) -> None:
     with tmpfs(tmp_path):
         done = mpirun(2, [*two.argv, "--output-file", str(tmp_path / "out.jsonl")], timeout=60, check=False)
