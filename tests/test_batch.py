@@ -250,6 +250,12 @@ def test_the_input_is_not_written_over(one: Callable[..., int], prompts: Prompts
     assert errors.read_bytes() == content
 
 
+def test_what_is_no_file_is_no_output(one: Callable[..., int], prompts: Prompts) -> None:
+    os.mkfifo("pipe")
+    assert one(prompts[0], output="pipe") == 2 and one(prompts[0], "--overwrite", output="/dev/null") == 2
+    assert Path("/dev/null").exists()
+
+
 def test_an_output_of_something_else_is_not_resumed(one: Callable[..., int], prompts: Prompts,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     Path("out.jsonl").write_text('{"id": 1, "outputs": []}\n{"name": "x"}\n', encoding="utf-8")
@@ -611,9 +617,12 @@ def test_progress_in_a_log(one: Callable[..., int], prompts: Prompts, monkeypatc
 
 def test_an_array_job(capsys: pytest.CaptureFixture[str]) -> None:
     """Slurm's number of the task says which lines."""
-    assert main(["sbatch", "--ntasks-per-node", "2", "--array", "0-3", "--requeue", "batch", "--engine-dir", "e",
-                 "--input-file", "in.jsonl", "--output-file", "out-$SLURM_ARRAY_TASK_ID.jsonl", "--resume", "--shard",
-                 "$SLURM_ARRAY_TASK_ID/4"]) == 0
+    argv = ["sbatch", "--ntasks-per-node", "2", "--array", "0-3", "--requeue", "batch", "--engine-dir", "e",
+            "--input-file", "in.jsonl", "--output-file", "out-$SLURM_ARRAY_TASK_ID.jsonl", "--shard",
+            "$SLURM_ARRAY_TASK_ID/4"]
+    assert main(argv) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
     script = capsys.readouterr().out
     assert 'launch batch ' in script and '--shard "$SLURM_ARRAY_TASK_ID/4"' in script
 

@@ -211,6 +211,8 @@ def check_files(input_file: Path, output_file: Path, errors_file: Path, may_exis
     if not input_file.is_file():
         raise UsageError(f"no such --input-file: {input_file}")
     for path in (output_file, errors_file):
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file; give another --output-file")
         if path.exists() and path.samefile(input_file):
             raise UsageError(f"{path} is the --input-file and would be written over; give another --output-file")
     if output_file.exists() and output_file.stat().st_size and not may_exist:
