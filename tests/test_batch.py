@@ -497,7 +497,7 @@ def test_a_thousand_bad_lines(demo: Built, tmp_path: Path, capsys: pytest.Captur
         n for n in range(1, 1032) if n - 1 not in good and n != 701]
     assert all(error["error"] and len(error["error"]) <= 500 for error in found)
     console = capsys.readouterr().err
-    assert console.count("\n") == 11 and "Traceback" not in console, "the console has the first ones"
+    assert console.count("\n") == 12 and "Traceback" not in console, "the first ones, and the progress"
 
 
 class FakeRunner:
