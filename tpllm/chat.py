@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from tpllm.errors import DataError
 
-Message = Mapping[str, str]
+Message = dict[str, str]
 Piece = str | int  # a text, or the id of a control token
 Template = Callable[[list[Message], Mapping[str, int]], list[Piece]]
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tpllm.answer import GenerationOutput
-    from tpllm.chat import Message
     from tpllm.distributed import World
     from tpllm.launch.console import ConsoleLines
     from tpllm.runner import ModelRunner
@@ -21,32 +20,25 @@ def wants_lines(args: argparse.Namespace) -> bool:
     return args.input_text is None and args.input_file is None
 
 
-def chat_ids(runner: ModelRunner, before: list[Message], text: str) -> list[int]:
-    """Token ids of a conversation in which the user goes on with `text`. Rank 0 only."""
-    from tpllm.errors import UsageError
-
-    if runner.tokenizer is None:
-        raise UsageError("this model has no tokenizer: give --tokenizer-dir DIR, or leave out --chat")
-    return runner.tokenizer.chat([*before, {"role": "user", "content": text}])
-
-
 class Conversation:
     """What user and model have said; rank 0 has it."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._messages: list[Message] = []
+        self._messages: list[dict[str, str]] = []
 
     def answer(self, line: str, generate: Callable[[str | list[int]], list[GenerationOutput]]) -> None:
         """Generate what the model says to `line`; a failure leaves the conversation as it was. Collective."""
+        from tpllm.inputs import Request
+
         if line.strip() == "/new":
             self._messages.clear()
             return
-        world = self._runner.world
-        ids = world.together("chat", lambda: chat_ids(self._runner, self._messages, line) if world.is_first else [])
-        for output in generate(ids):
-            self._messages += [{"role": "user", "content": line},
-                               {"role": "assistant", "content": output.outputs[0].text or ""}]
+        asked = [*self._messages, {"role": "user", "content": line}]
+        request = Request(0, "", {}, messages=asked if self._runner.world.is_first else None)
+        chat = self._runner.world.together("chat", lambda: request.templated(self._runner.tokenizer))
+        for output in generate(chat.prompt):
+            self._messages = [*asked, {"role": "assistant", "content": output.outputs[0].text or ""}]
 
 
 def converse(world: World, generate: Callable[[str | list[int]], list[GenerationOutput]],

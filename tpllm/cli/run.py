@@ -84,18 +84,17 @@ def run(args: argparse.Namespace, world: World) -> int:
         interactive.converse(world, lambda prompt: stream(runner, [prompt], params, []),
                              interactive.Conversation(runner) if args.chat else None)
         return 0
-    said = [request.prompt for request in requests]
-    prompts = world.together("chat", lambda: [
-        interactive.chat_ids(runner, [], p) if args.chat and isinstance(p, str) else p for p in said])
+    chats = world.together("chat", lambda: [request.templated(runner.tokenizer) for request in requests])
+    prompts = [request.prompt for request in chats]
+    said = [request.prompt or prompt for request, prompt in zip(requests, prompts, strict=True)]
     if args.streaming:
         outputs = stream(runner, prompts, params, said)
     else:
         outputs = runner.generate(prompts, params)
     seconds = time.perf_counter() - loaded
     if world.is_first:
-        for output, request in zip(outputs, requests, strict=True):
-            output.id = request.id
-            output.prompt = request.prompt if isinstance(request.prompt, str) else None  # as said, not as templated
+        for output, request, text in zip(outputs, requests, said, strict=True):
+            output.id, output.prompt = request.id, text if isinstance(text, str) else None  # not as templated
         report(outputs, args)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         print(f"run: {len(outputs)} prompt(s), {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s) on "
@@ -125,6 +124,9 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
         requests = read_requests(args.input_file)
     else:
         requests = [Request(i, text, {}) for i, text in enumerate(args.input_text or [""])]
+    if args.chat:
+        requests = [replace(r, messages=[{"role": "user", "content": r.prompt}])
+                    if isinstance(r.prompt, str) and r.messages is None else r for r in requests]
     params = []
     for request in requests:
         try:
