@@ -22,6 +22,7 @@ MAX_CORE, MAX_PART = 5000, 650  # lines of code
 # Verbs and backends with all that nothing else stands on: who reads the core may leave them out.
 PARTS = {
     "bench": ("bench", "cli.bench"),
+    "eval": ("evaluate", "cli.eval"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
 }
 
@@ -29,8 +30,8 @@ PARTS = {
 FLOORS = [
     {"errors", "mapping", "demo"},
     {"settings"},
-    {"heartbeat", "launched", "devices", "runlog"},
-    {"config", "files", "sampling", "tokenizer", "distributed", "compiler", "launch"},
+    {"heartbeat", "launched", "devices", "runlog", "files", "chat"},
+    {"config", "sampling", "tokenizer", "distributed", "compiler", "launch"},
     {"sharding", "inputs", "beam"},
     {"models"},
     {"checkpoint"},
@@ -38,7 +39,7 @@ FLOORS = [
     {"beam", "scheduler"},
     {"answer"},
     {"runner", "doctor"},
-    {"bench"},
+    {"batch", "bench", "evaluate"},
     {"cli"},
     {"__main__"},
 ]
@@ -127,7 +128,8 @@ def importers(library: str) -> set[str]:
 
 @pytest.mark.parametrize(("library", "home"), [
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
-    ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
+    ("tokenizers", {"tpllm.tokenizer"}), ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
+    ("jinja2", {"tpllm.chat"}), ("rouge_score", {"tpllm.evaluate"}),
 ])  # fmt: skip
 def test_a_library_is_imported_in_its_home_only(library: str, home: set[str]) -> None:
     assert importers(library) == home
@@ -211,12 +213,13 @@ def help_of(argv: list[str]) -> str:
 
 
 @pytest.mark.parametrize("code", ["import tpllm", help_of([]), help_of(["convert"]), help_of(["build"]),
-                                  help_of(["run"]), help_of(["launch"]), help_of(["sbatch"]),
-                                  help_of(["demo"])], ids=lambda code: code[-60:-45])  # fmt: skip
+                                  help_of(["run"]), help_of(["eval"]), help_of(["batch"]), help_of(["launch"]),
+                                  help_of(["sbatch"]), help_of(["demo"])], ids=lambda code: code[-60:-45])  # fmt: skip
 def test_help_loads_nothing_heavy(code: str) -> None:
     modules = loaded(code)
     assert "tpllm" in modules
-    assert not modules & {"torch", "mpi4py", "tensorrt", "sentencepiece", "tiktoken", "safetensors", "transformers"}
+    assert not modules & {"torch", "mpi4py", "tensorrt", "sentencepiece", "tiktoken", "tokenizers", "safetensors",
+                           "transformers"}
 
 
 def test_the_public_names_are_imported_on_first_use() -> None:
