@@ -17,13 +17,13 @@ PACKAGE = Path(tpllm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
-MAX_PACKAGE = 5000  # lines of code
+MAX_PACKAGE = 5200  # lines of code
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [
     {"errors", "mapping", "demo"},
-    {"heartbeat", "launched", "devices", "runlog"},
-    {"config", "files", "sampling", "tokenizer", "distributed", "compiler", "launch"},
+    {"heartbeat", "launched", "devices", "runlog", "files"},
+    {"config", "sampling", "tokenizer", "distributed", "compiler", "launch"},
     {"sharding", "inputs"},
     {"models"},
     {"checkpoint"},
@@ -119,7 +119,7 @@ def importers(library: str) -> set[str]:
 
 @pytest.mark.parametrize(("library", "home"), [
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
-    ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
+    ("tokenizers", {"tpllm.tokenizer"}), ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
 ])  # fmt: skip
 def test_a_library_is_imported_in_its_home_only(library: str, home: set[str]) -> None:
     assert importers(library) == home
@@ -191,7 +191,8 @@ def help_of(argv: list[str]) -> str:
 def test_help_loads_nothing_heavy(code: str) -> None:
     modules = loaded(code)
     assert "tpllm" in modules
-    assert not modules & {"torch", "mpi4py", "tensorrt", "sentencepiece", "tiktoken", "safetensors", "transformers"}
+    assert not modules & {"torch", "mpi4py", "tensorrt", "sentencepiece", "tiktoken", "tokenizers", "safetensors",
+                           "transformers"}
 
 
 def test_the_public_names_are_imported_on_first_use() -> None:

@@ -25,6 +25,11 @@ def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def json_digest(data: Any) -> str:
+    """Content hash of a JSON value, whatever its spacing and the order of its keys."""
+    return digest(json.dumps(data, sort_keys=True).encode())
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file; `what` names it in messages."""
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Text ↔ token ids: Meta's sentencepiece and tiktoken files, and decoding a token at a time."""
+"""Text ↔ token ids: Meta's sentencepiece and tiktoken files, Hugging Face's, and decoding a token at a time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tpllm.errors import DataError
+from tpllm.files import read_json
 
 # Meta's pattern and special tokens of Llama 3 (llama-models, tokenizer.py).
 LLAMA3_PATTERN = (
@@ -96,15 +98,68 @@ class TiktokenTokenizer(Tokenizer):
         return self._model.decode([i for i in ids if 0 <= i < self._base])
 
 
+class HubTokenizer(Tokenizer):
+    """Hugging Face's `tokenizer.json`, which itself says whether a beginning-of-text token comes first."""
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library has no class of its own for a bad file
+            raise DataError(f"{path} is not a tokenizer: {e}") from None
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True  # "<|eot_id|>" typed by a user is not the control token
+
+        special = {number for number, token in self._model.get_added_tokens_decoder().items() if token.special}
+        # Control tokens are in no prompt's text: one beyond the model's table, for padding, does no harm.
+        self.vocab_size = 1 + max({*self._model.get_vocab().values()} - special, default=-1)
+        self.bos_id = next(iter(self.encode("")), -1)
+        end = optional_json(path.with_name("tokenizer_config.json")).get("eos_token")
+        end = self._model.token_to_id(str(end.get("content") if isinstance(end, dict) else end))
+        self.end_ids = frozenset() if end is None else frozenset({end})
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._model.decode([i for i in ids if i >= 0])
+        return text
+
+
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer that lies in a directory, or None; the file's content tells its kind."""
+    """The tokenizer that lies in a directory, or None; `tokenizer.json` is taken before `tokenizer.model`."""
     path = directory / "tokenizer.model"
-    if not path.is_file():
+    tokenizer: Tokenizer
+    if (directory / "tokenizer.json").is_file():
+        tokenizer = HubTokenizer(directory / "tokenizer.json")
+    elif not path.is_file():
         return None
-    head = path.read_bytes()[:4096].split(b"\n")[0]
-    if re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\r?", head):
-        return TiktokenTokenizer(path)
-    return SentencePieceTokenizer(path)
+    elif re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\r?", path.read_bytes()[:4096].split(b"\n")[0]):
+        tokenizer = TiktokenTokenizer(path)
+    else:
+        tokenizer = SentencePieceTokenizer(path)
+    tokenizer.end_ids = end_ids(directory) or tokenizer.end_ids
+    return tokenizer
+
+
+def end_ids(directory: Path) -> frozenset[int]:
+    """What ends an answer by `generation_config.json`, else by a Hugging Face `config.json`; empty if neither says."""
+    for name in ("generation_config.json", "config.json"):
+        ids = optional_json(directory / name).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(i) is not int for i in ids):
+            raise DataError(f"{directory / name}: eos_token_id is {ids}; a token id or a list of them is needed")
+        if ids:
+            return frozenset(ids)
+    return frozenset()
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty when there is no file."""
+    return read_json(path, "a tokenizer's directory") if path.is_file() else {}
 
 
 class Detokenizer:
@@ -112,8 +167,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # A few tokens of the prompt come along: decoded alone, a first token would lose its leading space.
-        self._ids = list(prompt[-8:])
+        self._ids = self._window(prompt)
         # A prompt of ids may end inside a character; the token that completes it shows it.
         self._shown = len(tokenizer.decode(self._ids).rstrip("\ufffd"))
 
@@ -132,6 +186,14 @@ class Detokenizer:
     def _advance(self, text: str) -> str:
         piece = text[self._shown:]
         # The window stays short, so that a long answer costs no more a token than a short one.
-        self._ids = self._ids[-8:]
+        self._ids = self._window(self._ids)
         self._shown = len(self._tokenizer.decode(self._ids))
         return piece
+
+    def _window(self, ids: Sequence[int]) -> list[int]:
+        """The last few tokens: decoded alone, the next one would lose its leading space.
+
+        They begin with a whole character, as half a one spoils all bytes after it in Hugging Face's decoders.
+        """
+        windows = [list(ids[-n:]) for n in range(8, 0, -1)]
+        return next((some for some in windows if not self._tokenizer.decode(some).startswith("\ufffd")), windows[0])

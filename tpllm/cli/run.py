@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with --engine-dir: its weights, if they were moved; without: build into a cache and run")
     parser.add_argument("--meta-ckpt-dir", type=Path, metavar="DIR",
                         help="Meta's weights in place of an engine: convert and build into a cache and run")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of --meta-ckpt-dir's engine")
+    parser.add_argument("--hf-model-dir", "--model-dir", type=Path, metavar="DIR",
+                        help="Hugging Face's weights, likewise")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of an engine made from weights")
     parser.add_argument("--backend", choices=tuple(BACKENDS), default=BuildConfig().backend,
                         help="of an engine built into the cache")
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="a model of your own, for the same")
@@ -102,10 +104,12 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
     from tpllm.errors import DataError, UsageError
     from tpllm.inputs import SAMPLING_FIELDS, Request, read_requests
 
-    if args.meta_ckpt_dir and (args.engine_dir or args.checkpoint_dir):
-        raise UsageError("--meta-ckpt-dir goes without --engine-dir and --checkpoint-dir")
-    if not (args.meta_ckpt_dir or args.engine_dir or args.checkpoint_dir):
-        raise UsageError("give --engine-dir DIR, or weights in its place: --meta-ckpt-dir or --checkpoint-dir DIR")
+    weights = [args.meta_ckpt_dir, args.hf_model_dir, args.engine_dir or args.checkpoint_dir]
+    if sum(directory is not None for directory in weights) > 1:
+        raise UsageError("--meta-ckpt-dir and --hf-model-dir go without each other, --engine-dir and --checkpoint-dir")
+    if not any(weights):
+        raise UsageError("give --engine-dir DIR, or weights in its place: --meta-ckpt-dir, --hf-model-dir or "
+                         "--checkpoint-dir DIR")
     if interactive.wants_lines(args) and CONSOLE not in os.environ:
         raise UsageError("give --input-text TEXT or --input-file FILE; for a prompt to type at: tpllm launch run …")
     if interactive.wants_lines(args) and args.output_json:
