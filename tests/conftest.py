@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from built import build, demo  # noqa: F401  fixtures
 
 # Runs leave logs and records; those of tests belong into no user's directory.
 os.environ.setdefault("TPLLM_LOG_DIR", tempfile.mkdtemp(prefix="tpllm-test-logs-"))

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import LLAMA2_MHA, LLAMA31_GQA, NAMED_SHAPES, Shape, make_meta_dir
-from reference import Reference
+from built import MAX_BATCH, MAX_INPUT, MAX_SEQ, Build, Built, random_ids
+from makers import LLAMA2_MHA, LLAMA31_GQA, NAMED_SHAPES, make_meta_dir
 from torch import Tensor
 
 from tpllm.checkpoint.rank import RankCheckpoint
@@ -25,79 +25,10 @@ from tpllm.engine.torch.program import token_places
 from tpllm.errors import TpllmError
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
-from tpllm.runner import Answer, GenerationOutput, ModelRunner
+from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
-from tpllm.scheduler import Sequence
-from tpllm.tokenizer import load_tokenizer
 
-QWEN_FILE = Path(__file__).with_name("qwen2_model.py")
-MAX_BATCH, MAX_INPUT, MAX_SEQ = 3, 24, 32
 EMBEDDINGS = [("--use-parallel-embedding", "--embedding-sharding-dim", dim) for dim in ("0", "1")]
-
-
-class Built:
-    """A Meta directory, its checkpoint and its eager engine."""
-
-    def __init__(self, root: Path) -> None:
-        self.meta, self.checkpoint, self.engine = root / "meta", root / "checkpoint", root / "engine"
-        self._runner: ModelRunner | None = None
-        self._reference: Reference | None = None
-
-    def run(self, *convert_options: str, model_file: Path | None = None, max_seq: int = MAX_SEQ) -> "Built":
-        """Convert and build, by the commands a user gives."""
-        model = ["--model-file", str(model_file)] if model_file else []
-        assert main(["convert", "--meta-ckpt-dir", str(self.meta), "--output-dir", str(self.checkpoint),
-                     *convert_options, *model]) == 0  # fmt: skip
-        assert main(["build", "--checkpoint-dir", str(self.checkpoint), "--output-dir", str(self.engine), "--backend",
-                     "eager", "--max-batch-size", str(MAX_BATCH), "--max-input-len", str(min(max_seq, MAX_INPUT)),
-                     "--max-seq-len", str(max_seq), *model]) == 0  # fmt: skip
-        return self
-
-    @property
-    def runner(self) -> ModelRunner:
-        self._runner = self._runner or ModelRunner.from_dir(self.engine, world=World())
-        return self._runner
-
-    @property
-    def reference(self) -> Reference:
-        self._reference = self._reference or Reference(self.meta)
-        return self._reference
-
-    @property
-    def config(self) -> EngineConfig:
-        return EngineConfig.load(self.engine)
-
-
-Build = Callable[..., Built]
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Engines by shape and options, each made once."""
-    made: dict[Any, Built] = {}
-
-    def get(shape: Shape, *options: str, dtype: torch.dtype = torch.float32) -> Built:
-        key = (shape, options, dtype)
-        if key not in made:
-            made[key] = Built(tmp_path_factory.mktemp("engine"))
-            make_meta_dir(made[key].meta, shape, seed=5, dtype=dtype)
-            made[key].run(*options, model_file=QWEN_FILE if shape.qkv_bias else None)
-        return made[key]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The shipped model, which has a tokenizer."""
-    built = Built(tmp_path_factory.mktemp("demo"))
-    built.meta = MODEL_DIR
-    return built.run("--dtype", "float32", max_seq=128)
-
-
-def random_ids(built: Built, *lengths: int, seed: int = 0) -> list[list[int]]:
-    chance = random.Random(seed)
-    return [[chance.randrange(built.config.model.vocab_size) for _ in range(length)] for length in lengths]
 
 
 Part = tuple[int, int, list[int]]
@@ -181,6 +112,19 @@ def test_a_step_without_wanted_rows_still_fills_the_cache(build: Build) -> None:
     arrays = [np.array(a, dtype=np.int32) for a in (ids[:11], [0, 11], [0], [11], [])]
     assert built.runner.engine.step(StepInput(*arrays)).shape == (0, LLAMA31_GQA.vocab_size)
     assert_close(step(built, [(0, 11, ids[11:])])[0], built.reference.logits(ids)[11:])
+
+
+def test_copied_rows_are_read_before_any_is_written(build: Build) -> None:
+    """Two sequences change places in the arena and go on there; a third one is a copy of the first's beginning."""
+    built = build(LLAMA31_GQA)
+    a, b = random_ids(built, 12, 12)
+    step(built, [(0, 0, a[:8]), (16, 0, b[:8])])
+    arrays = [np.array(x, dtype=np.int32) for x in (
+        [*a[8:], *b[8:], a[5]], [0, 4, 8, 9], [16, 0, 40], [12, 12, 6], range(9), [[0, 16, 8], [16, 0, 8], [0, 40, 5]])]
+    logits = built.runner.engine.step(StepInput(*arrays))
+    assert_close(logits[:4], built.reference.logits(a)[8:])
+    assert_close(logits[4:8], built.reference.logits(b)[8:])
+    assert_close(logits[8:], built.reference.logits(a)[5:6])
 
 
 def test_rows_that_were_used_before_leave_no_trace(build: Build) -> None:
@@ -450,177 +394,6 @@ def test_engine_and_weights_moved_together_are_found(copy: Built, tmp_path: Path
     copy.engine = copy.engine.rename(tmp_path / "new" / "engine")
     copy.checkpoint.rename(tmp_path / "new" / "checkpoint")
     assert ModelRunner.from_dir(copy.engine, world=World())
-
-
-# Generation
-
-
-@pytest.mark.parametrize("name", NAMED_SHAPES)
-def test_greedy_of_ragged_prompts_is_the_references(name: str, build: Build) -> None:
-    """More prompts than places, so sequences come and go at different times."""
-    built = build(NAMED_SHAPES[name])
-    prompts = random_ids(built, 1, 24, 7, 13, 2, 20, 5, seed=1)
-    lengths = [9, 8, 16, 1, 12, 5, 3]
-    outputs = built.runner.generate(prompts, [SamplingParams(max_output_len=n) for n in lengths])
-    for output, prompt, length in zip(outputs, prompts, lengths, strict=True):
-        best = built.reference.greedy_with_gaps(prompt, length)
-        assert min(gap for _, gap in best) > 2e-4, "a tie: choose another seed"
-        assert output.outputs[0].token_ids == [token for token, _ in best]
-        assert (output.prompt, output.prompt_token_ids) == (None, prompt)
-        assert (output.outputs[0].text, output.outputs[0].finish_reason) == (None, "length")
-    assert [output.id for output in outputs] == list(range(len(prompts)))
-
-
-def test_long_prompts_in_chunks_generate_the_same(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = build(LLAMA31_GQA)
-    prompts = random_ids(built, 24, 3, 17, 24, seed=2)
-    params = SamplingParams(max_output_len=6)
-    whole = built.runner.generate(prompts, params)
-    for size in (1, 5, 25):
-        monkeypatch.setattr("tpllm.runner.MAX_STEP_TOKENS", size)
-        assert built.runner.generate(prompts, params) == whole
-
-
-def test_sampled_answers_depend_on_their_own_seed_alone(build: Build) -> None:
-    built = build(LLAMA31_GQA)
-    prompts = random_ids(built, 5, 9, 3, 12, seed=3)
-    params = [SamplingParams(max_output_len=8, temperature=1.2, top_k=40, seed=s) for s in (1, 2, 3, 4)]
-    together = built.runner.generate(prompts, params)
-    for i in (3, 0, 2):
-        (alone,) = built.runner.generate([prompts[i]], params[i])
-        assert alone.outputs == together[i].outputs
-    assert built.runner.generate([prompts[0]], replace(params[0], seed=9))[0].outputs != together[0].outputs
-
-
-def test_end_id_stops_and_ignore_eos_does_not(build: Build) -> None:
-    built = build(LLAMA2_MHA)
-    (prompt,) = random_ids(built, 6, seed=4)
-    free = built.runner.generate([prompt], SamplingParams(max_output_len=12))[0].outputs[0].token_ids
-    end = free[5]
-    first = free.index(end)
-    params = SamplingParams(max_output_len=12, end_id=end)
-    (stopped,) = built.runner.generate([prompt], params)
-    assert stopped.outputs[0].token_ids == free[:first + 1] and stopped.outputs[0].finish_reason == "stop"
-    (full,) = built.runner.generate([prompt], replace(params, ignore_eos=True))
-    assert full.outputs[0].token_ids == free and full.outputs[0].finish_reason == "length"
-
-
-TEXTS = ["The capital of France is", "2 plus 3 is", "naïve €", "", "  two spaces"]
-
-
-def test_text_is_the_decoded_continuation(demo: Built) -> None:
-    tokenizer = load_tokenizer(MODEL_DIR)
-    assert tokenizer is not None
-    outputs = demo.runner.generate(TEXTS, SamplingParams(max_output_len=20))
-    for text, output in zip(TEXTS, outputs, strict=True):
-        ids, answer = tokenizer.encode(text), output.outputs[0]
-        assert (output.prompt, output.prompt_token_ids) == (text, ids)
-        assert answer.text == tokenizer.decode(ids + answer.token_ids)[len(tokenizer.decode(ids)):]
-        expected = [token for token, _ in demo.reference.greedy_with_gaps(ids, len(answer.token_ids))]
-        assert answer.token_ids == expected
-        stopped = expected[-1] in tokenizer.end_ids
-        assert answer.finish_reason == ("stop" if stopped else "length")
-        assert not tokenizer.end_ids & set(expected[:-1]) and (stopped or len(expected) == 20)
-
-
-@pytest.mark.parametrize("end", ["stop", "length"])
-def test_an_answer_that_ends_inside_a_character_shows_what_was_held_back(end: str) -> None:
-    tokenizer = load_tokenizer(MODEL_DIR)
-    assert tokenizer is not None
-    prompt, half = tokenizer.encode("a"), tokenizer.encode("€")[1:][-3:-1]  # two of its three bytes
-    new = [*half, *tokenizer.end_ids] if end == "stop" else half
-    sequence = Sequence(0, list(prompt), len(prompt) + (9 if end == "stop" else len(half)))
-    answer = Answer(SamplingParams(), prompt, tokenizer)
-    events = []
-    for token in new:
-        logits = torch.zeros(tokenizer.vocab_size)
-        logits[token] = 1.0
-        events.append(answer.accept(sequence, logits))
-    whole = tokenizer.decode(prompt + half)
-    assert "\ufffd" in whole
-    assert "".join(event.text or "" for event in events) == whole[len(tokenizer.decode(prompt)):]
-    assert [event.finish_reason for event in events] == [None] * (len(new) - 1) + [end]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_streaming_is_generation_bit_by_bit(temperature: float, demo: Built) -> None:
-    params = [SamplingParams(max_output_len=n, temperature=temperature, seed=n) for n in (20, 3, 11, 1, 16)]
-    outputs = demo.runner.generate(TEXTS, params)
-    events = list(demo.runner.stream(TEXTS, params))
-    for index, output in enumerate(outputs):
-        mine = [event for event in events if event.index == index]
-        answer = output.outputs[0]
-        assert [event.token_id for event in mine] == answer.token_ids
-        assert "".join(event.text or "" for event in mine) == answer.text
-        assert [event.finish_reason for event in mine] == [None] * (len(mine) - 1) + [answer.finish_reason]
-    # Really interleaved: a second sequence speaks before the first has ended.
-    assert [e.index for e in events] != sorted(e.index for e in events)
-
-
-@pytest.mark.parametrize("after", [0, 1, 4, 17])
-def test_a_stream_left_early_leaves_the_runner_usable(after: int, demo: Built) -> None:
-    params = SamplingParams(max_output_len=10)
-    whole: list[GenerationOutput] = demo.runner.generate(TEXTS, params)
-    for number, _ in enumerate(demo.runner.stream(TEXTS, params)):
-        if number == after:
-            break
-    assert demo.runner.generate(TEXTS, params) == whole
-
-
-def test_no_prompts_are_no_answers(demo: Built) -> None:
-    assert demo.runner.generate([]) == [] and list(demo.runner.stream([])) == []
-
-
-def generation_refusal(built: Built, code: int, prompts: list[Any], params: Any = None) -> str:
-    with pytest.raises(TpllmError) as caught:
-        built.runner.generate(prompts, params)
-    assert caught.value.exit_code == code
-    return str(caught.value)
-
-
-def test_a_prompt_that_is_too_long_is_told_what_would_fit(build: Build) -> None:
-    built = build(LLAMA2_MHA)
-    params = SamplingParams(max_output_len=4)
-    message = generation_refusal(built, 12, [[1], [1] * (MAX_INPUT + 1)], params)
-    for words in (f"prompt 1 has {MAX_INPUT + 1} tokens", f"allows {MAX_INPUT}", f"--max-input-len {MAX_INPUT + 1}"):
-        assert words in message
-    room = MAX_SEQ - MAX_INPUT
-    message = generation_refusal(built, 12, [[1] * MAX_INPUT], SamplingParams(max_output_len=room + 1))
-    for words in ("prompt 0", f"--max-output-len {room} or less", f"--max-seq-len {MAX_SEQ + 1}"):
-        assert words in message
-    # Exactly what the messages advise is taken.
-    (output,) = built.runner.generate([[1] * MAX_INPUT], SamplingParams(max_output_len=room))
-    assert len(output.outputs[0].token_ids) == room
-
-
-@pytest.mark.parametrize(("prompt", "code", "words"), [
-    ([], 12, ["prompt 1 has no tokens"]),
-    ([LLAMA2_MHA.vocab_size], 12, ["prompt 1", f"token id {LLAMA2_MHA.vocab_size}", f"to {LLAMA2_MHA.vocab_size - 1}"]),
-    ([3, -1], 12, ["prompt 1", "token id -1"]),
-    ("text", 2, ["no tokenizer", "--tokenizer-dir"]),
-], ids=["empty", "beyond", "negative", "text"])  # fmt: skip
-def test_prompts_that_cannot_be(prompt: Any, code: int, words: list[str], build: Build) -> None:
-    message = generation_refusal(build(LLAMA2_MHA), code, [[1], prompt], SamplingParams(max_output_len=2))
-    for word in words:
-        assert word in message
-
-
-def test_one_sampling_for_each_prompt_or_one_for_all(build: Build) -> None:
-    message = generation_refusal(build(LLAMA2_MHA), 2, [[1], [2]], [SamplingParams(max_output_len=2)])
-    assert "2 prompts and 1 sampling parameters" in message
-
-
-def test_a_text_that_no_encoding_has_is_refused(demo: Built) -> None:
-    """JSON can hold half of a surrogate pair, which is no character."""
-    assert "prompt 1" in generation_refusal(demo, 12, ["fine", "\ud800"], SamplingParams(max_output_len=2))
-
-
-def test_an_output_length_that_is_no_whole_number_is_refused(build: Build) -> None:
-    """Such a sequence would never be full: it would grow past its cache rows into other sequences'."""
-    built = build(LLAMA2_MHA)
-    with pytest.raises(TpllmError, match="max-output-len"):
-        for number, _ in enumerate(built.runner.stream([[1]], SamplingParams(max_output_len=2.5))):  # type: ignore
-            assert number < 3, "more tokens than were asked for"
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy: Built) -> None:

@@ -1,5 +1,6 @@
 """The scheduler against a simulated engine that remembers which token lies in which row of the cache."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,13 +13,26 @@ from tpllm.engine.base import StepInput
 from tpllm.scheduler import Arena, Scheduler, Sequence
 
 
+class Numbered(Sequence):
+    """A sequence that knows whose it is; `branch` counts those of one request."""
+
+    def __init__(self, index: int, tokens: list[int], max_len: int, branch: int = 0) -> None:
+        super().__init__(tokens, max_len)
+        self.index, self.branch = index, branch
+
+
+def scheduler_of(limits: tuple[int, int, int], *groups: list[Numbered]) -> Scheduler[Numbered]:
+    return Scheduler(*limits, iter(groups))
+
+
 @dataclass(frozen=True)
 class Job:
-    """A request: its prompt's length, how far it may grow, and how much it really generates."""
+    """A request: its prompt's length, how far it may grow, how much it really generates, in how many branches."""
 
     prompt: int
     allowed: int
     generated: int
+    width: int = 1
 
     @property
     def max_len(self) -> int:
@@ -38,25 +52,26 @@ class Load:
 @st.composite
 def jobs(draw: st.DrawFn) -> Job:
     allowed = draw(st.integers(1, 8))
-    return Job(draw(st.integers(1, 30)), allowed, draw(st.integers(1, allowed)))
+    return Job(draw(st.integers(1, 30)), allowed, draw(st.integers(1, allowed)), draw(st.sampled_from([1, 1, 1, 2, 3])))
 
 
 @st.composite
 def loads(draw: st.DrawFn) -> Load:
     requests = draw(st.lists(jobs(), min_size=1, max_size=12))
-    longest = max(job.max_len for job in requests)
-    return Load(requests, draw(st.integers(longest, 3 * longest)), draw(st.integers(1, 6)), draw(st.integers(1, 40)))
+    longest = max(job.max_len * job.width for job in requests)
+    batch = draw(st.integers(max(job.width for job in requests), 6))
+    return Load(requests, draw(st.integers(longest, 3 * longest)), batch, draw(st.integers(1, 40)))
 
 
 class Engine:
-    """Keeps the cache as (sequence, position) per row; a step must fit what the cache already holds."""
+    """Keeps the cache as the token in each row; a step must fit what the cache already holds."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
-        self.cache: list[tuple[int, int] | None] = [None] * load.capacity
-        self.fed: dict[int, list[int]] = {index: [] for index in range(len(load.jobs))}
+        self.cache: list[int | None] = [None] * load.capacity
+        self.fed: dict[tuple[int, int], list[int]] = {}
 
-    def step(self, step: StepInput, running: list[Sequence]) -> None:
+    def step(self, step: StepInput, running: list[Numbered]) -> None:
         arrays = (step.tokens, step.query_start, step.start, step.length, step.rows)
         assert all(array.dtype == np.int32 and array.ndim == 1 for array in arrays)
         count, batch = len(step.tokens), len(step.start)
@@ -64,6 +79,10 @@ class Engine:
         assert 1 <= batch <= len(running) <= self.load.max_batch_size
         assert len(step.query_start) == batch + 1 and len(step.length) == batch
         assert step.query_start[0] == 0 and step.query_start[-1] == count
+        assert step.copies is not None and step.copies.dtype == np.int32 and step.copies.shape[1:] == (3,)
+        moved = [(target, self.cache[source:source + rows]) for source, target, rows in step.copies.tolist()]
+        for target, tokens in moved:
+            self.cache[target:target + len(tokens)] = tokens
         by_start = {sequence.start: sequence for sequence in running}
         assert len(by_start) == len(running)
         for i in range(batch):
@@ -71,27 +90,30 @@ class Engine:
             assert low < high, "a sequence without tokens takes no part in a step"
             self.feed(by_start[int(step.start[i])], step.tokens[low:high].tolist(), int(step.length[i]))
 
-    def feed(self, sequence: Sequence, tokens: list[int], length: int) -> None:
+    def feed(self, sequence: Numbered, tokens: list[int], length: int) -> None:
         """New tokens of one sequence go into its own rows, right after those that are there."""
         position = length - len(tokens)
-        assert position == len(self.fed[sequence.index]) and length <= sequence.max_len
         rows = range(sequence.start, sequence.start + length)
-        assert 0 <= rows.start and rows.stop <= self.load.capacity
+        assert length <= sequence.max_len and 0 <= rows.start and rows.stop <= self.load.capacity
         for token in tokens:
-            self.cache[sequence.start + position] = (sequence.index, position)
-            assert token == sequence.tokens[position] == value(sequence.index, position)
+            self.cache[sequence.start + position] = token
             position += 1
-        self.fed[sequence.index] += tokens
-        # Attention reads the whole run: nobody else may have written into it.
-        assert [self.cache[row] for row in rows] == [(sequence.index, p) for p in range(length)]
+        self.fed.setdefault((sequence.index, sequence.branch), []).extend(tokens)
+        # Attention reads the whole run: nobody else may have written into it, and nothing may be missing.
+        assert [self.cache[row] for row in rows] == sequence.tokens[:length]
 
 
-def value(index: int, position: int) -> int:
+def value(index: int, position: int, branch: int = 0) -> int:
     """The token at a place, which no other place has."""
-    return 1000 * index + position
+    return 10_000 * index + 100 * position + branch
 
 
-def check_runs(running: list[Sequence], capacity: int) -> None:
+def branches(index: int, job: Job) -> list[Numbered]:
+    prompt = [value(index, p) for p in range(job.prompt)]
+    return [Numbered(index, prompt if n == 0 else [], job.max_len, n) for n in range(job.width)]
+
+
+def check_runs(running: list[Numbered], capacity: int) -> None:
     runs = sorted((s.start, s.start + s.max_len) for s in running)
     assert all(0 <= start < stop <= capacity for start, stop in runs)
     assert all(before[1] <= after[0] for before, after in pairwise(runs))
@@ -99,36 +121,52 @@ def check_runs(running: list[Sequence], capacity: int) -> None:
 
 def serve(load: Load) -> tuple[list[int], int]:
     """Runs a load to its end; the order in which sequences finished, and the number of steps."""
-    scheduler, engine = Scheduler(load.capacity, load.max_batch_size, load.max_step_tokens), Engine(load)
-    for index, job in enumerate(load.jobs):
-        scheduler.add(Sequence(index, [value(index, p) for p in range(job.prompt)], job.max_len))
+    asked: list[int] = []
+
+    def source() -> Iterator[list[Numbered]]:
+        for index, job in enumerate(load.jobs):
+            asked.append(index)
+            yield branches(index, job)
+
+    scheduler = Scheduler(load.capacity, load.max_batch_size, load.max_step_tokens, source())
+    engine = Engine(load)
     ended: list[int] = []
     admitted: list[int] = []
     steps = 0
-    most = sum(job.prompt + job.generated for job in load.jobs)  # every step feeds at least one token
+    most = sum(job.prompt + job.generated * job.width for job in load.jobs)  # every step feeds at least one token
     while work := scheduler.next_step():
         steps += 1
         assert steps <= most, "steps without progress"
-        step, finished = work
+        step, parts = work
         check_runs(scheduler.running, load.capacity)
-        admitted += [s.index for s in scheduler.running if s.index not in admitted]
+        admitted += [i for i in dict.fromkeys(s.index for s in scheduler.running) if i not in admitted]
+        assert len(asked) <= len(admitted) + 1, "no more is asked for than may have room"
         engine.step(step, scheduler.running)
+        finished = [s for s, _ in parts]
         # One row of logits for each sequence that is now complete, at its last token.
+        assert [place for _, place in parts] == [slice(i, i + 1) for i in range(len(step.rows))]
         assert [step.tokens[row] for row in step.rows] == [s.tokens[-1] for s in finished]
-        assert all(s.pending == 0 for s in finished) and len({s.index for s in finished}) == len(finished)
-        complete = [s for s in scheduler.running if s.pending == 0]
-        assert {s.index for s in complete} == {s.index for s in finished}
+        assert all(s.pending == 0 for s in finished) and len({s.start for s in finished}) == len(finished)
+        complete = [s for s in scheduler.running if s.pending == 0 and s.tokens]
+        assert {s.start for s in complete} == {s.start for s in finished}
+        for first in [s for s in finished if len(s.tokens) == load.jobs[s.index].prompt]:
+            siblings = [s for s in scheduler.running if s.index == first.index]
+            scheduler.fork([(sibling, first) for sibling in siblings])
+            finished += [s for s in siblings if s is not first]
         for sequence in finished:
             job = load.jobs[sequence.index]
-            sequence.tokens.append(value(sequence.index, len(sequence.tokens)))
+            sequence.tokens.append(value(sequence.index, len(sequence.tokens), sequence.branch))
             if len(sequence.tokens) == job.prompt + job.generated:
                 scheduler.finish(sequence)
                 ended.append(sequence.index)
-    assert admitted == list(range(len(load.jobs))), "admitted in the order they came"
-    assert not scheduler.running and not scheduler.waiting
+    assert admitted == list(range(len(load.jobs))) == asked, "admitted in the order they came"
+    assert not scheduler.running
     for index, job in enumerate(load.jobs):
-        # All but the last token, which nothing comes after, was fed exactly once and in order.
-        assert engine.fed[index] == [value(index, p) for p in range(job.prompt + job.generated - 1)]
+        for branch in range(job.width):
+            # All but the last token, which nothing comes after, was fed exactly once and in order; the prompt once.
+            prompt = [value(index, p) for p in range(job.prompt)] if branch == 0 else []
+            new = [value(index, job.prompt + p, branch) for p in range(job.generated - 1)]
+            assert engine.fed.get((index, branch), []) == prompt + new
     return ended, steps
 
 
@@ -138,7 +176,7 @@ def serve(load: Load) -> tuple[list[int], int]:
 @settings(max_examples=400, deadline=None, derandomize=True)
 def test_every_token_is_fed_once_in_order_and_everything_ends(load: Load) -> None:
     ended, _ = serve(load)
-    assert sorted(ended) == list(range(len(load.jobs)))
+    assert sorted(ended) == sorted(i for i, job in enumerate(load.jobs) for _ in range(job.width))
 
 
 @given(load=loads())
@@ -147,12 +185,11 @@ def test_with_room_for_all_a_step_gives_every_decoding_sequence_a_token(load: Lo
     """No prefill holds up decode: once its prompt is in, a sequence ends after as many steps as it has tokens."""
     roomy = Load(load.jobs, sum(job.max_len for job in load.jobs), len(load.jobs),
                  max(load.max_step_tokens, len(load.jobs) + 1))
-    scheduler = Scheduler(roomy.capacity, roomy.max_batch_size, roomy.max_step_tokens)
-    for index, job in enumerate(roomy.jobs):
-        scheduler.add(Sequence(index, [0] * job.prompt, job.max_len))
+    groups = [[Numbered(index, [0] * job.prompt, job.max_len)] for index, job in enumerate(roomy.jobs)]
+    scheduler = scheduler_of((roomy.capacity, roomy.max_batch_size, roomy.max_step_tokens), *groups)
     decoding: set[int] = set()
     while work := scheduler.next_step():
-        _, finished = work
+        finished = [s for s, _ in work[1]]
         assert decoding <= {s.index for s in finished}
         for sequence in finished:
             decoding.add(sequence.index)
@@ -172,8 +209,7 @@ def test_short_requests_do_not_wait_for_the_end_of_a_batch() -> None:
 
 
 def test_a_long_prompt_comes_in_chunks_of_the_step_size() -> None:
-    scheduler = Scheduler(100, 2, 16)
-    scheduler.add(Sequence(0, list(range(40)), 41))
+    scheduler = scheduler_of((100, 2, 16), [Numbered(0, list(range(40)), 41)])
     sizes = []
     for _ in range(3):
         work = scheduler.next_step()
@@ -185,19 +221,53 @@ def test_a_long_prompt_comes_in_chunks_of_the_step_size() -> None:
 
 def test_decode_goes_on_while_a_long_prompt_before_it_comes_in() -> None:
     """The long prompt was admitted first and would take the whole of every step."""
-    scheduler = Scheduler(100, 2, 8)
-    scheduler.add(Sequence(0, list(range(40)), 41))
-    scheduler.add(Sequence(1, [7], 10))
+    scheduler = scheduler_of((100, 2, 8), [Numbered(0, list(range(40)), 41)], [Numbered(1, [7], 10)])
     for _ in range(5):
         work = scheduler.next_step()
         assert work is not None
         step, finished = work
-        assert [s.index for s in finished] == [1] and len(step.tokens) == 8
-        finished[0].tokens.append(7)
+        assert [s.index for s, _ in finished] == [1] and len(step.tokens) == 8
+        finished[0][0].tokens.append(7)
+
+
+def test_a_sequence_that_wants_every_row_gets_them_chunk_by_chunk() -> None:
+    sequence = Numbered(0, list(range(20)), 21)
+    sequence.every_row = True
+    scheduler = scheduler_of((100, 2, 8), [sequence])
+    seen = []
+    for _ in range(3):
+        work = scheduler.next_step()
+        assert work is not None
+        seen += work[0].tokens[work[0].rows].tolist()
+        assert work[1] == [(sequence, slice(0, len(work[0].rows)))]
+    assert seen == list(range(20))
+
+
+def test_forks_of_one_step_read_before_any_of_them_writes() -> None:
+    """Two beams that change places."""
+    load = Load([Job(3, 4, 4, 2)], capacity=14, max_batch_size=2, max_step_tokens=8)
+    engine, (a, b) = Engine(load), branches(0, load.jobs[0])
+    scheduler = scheduler_of((14, 2, 8), [a, b])
+
+    def step() -> None:
+        work = scheduler.next_step()
+        assert work is not None
+        engine.step(work[0], scheduler.running)
+
+    step()
+    scheduler.fork([(a, a), (b, a)])
+    a.tokens.append(1001)
+    b.tokens.append(1002)
+    step()
+    scheduler.fork([(a, b), (b, a)])
+    assert a.tokens[3:] == [1002] and b.tokens[3:] == [1001]
+    a.tokens.append(1003)
+    b.tokens.append(1004)
+    step()  # the engine compares its rows with the tokens
 
 
 def test_nothing_to_do_is_none() -> None:
-    assert Scheduler(10, 2, 4).next_step() is None
+    assert scheduler_of((10, 2, 4)).next_step() is None
 
 
 @given(data=st.data(), capacity=st.integers(1, 60))

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as AnySequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from tpllm.answer import Answer, Branch, CompletionOutput, GenerationOutput, Job, Logprobs, TokenEvent
 from tpllm.distributed import World
 from tpllm.engine import find_backend
 from tpllm.engine.base import Engine, EngineConfig, StepInput
 from tpllm.errors import DataError, MismatchError, UsageError
 from tpllm.mapping import Mapping
-from tpllm.sampling import Sampler, SamplingParams
-from tpllm.scheduler import Scheduler, Sequence
-from tpllm.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from tpllm.sampling import SamplingParams, choose, token_logprobs
+from tpllm.scheduler import Scheduler
+from tpllm.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 Prompt = str | AnySequence[int]
 MAX_STEP_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One generated token of prompt `index`; `text` is what it completes (None without a tokenizer)."""
-
-    index: int
-    token_id: int
-    text: str | None
-    finish_reason: str | None
-
-
-@dataclass
-class CompletionOutput:
-    """One answer; `text` is None without a tokenizer, `finish_reason` is "stop" or "length"."""
-
-    token_ids: list[int] = field(default_factory=list)
-    text: str | None = None
-    finish_reason: str | None = None
-
-
-@dataclass
-class GenerationOutput:
-    """A prompt and its answers, in the form of `run --output-json`."""
-
-    id: int | str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Collector:
@@ -62,11 +35,7 @@ class Collector:
 
     def __iter__(self) -> Iterator[TokenEvent]:
         for event in self._events:
-            output = self.outputs[event.index].outputs[0]
-            output.token_ids.append(event.token_id)
-            output.finish_reason = event.finish_reason
-            if event.text is not None:
-                output.text = (output.text or "") + event.text
+            self.outputs[event.index] = event.answer
             yield event
 
 
@@ -114,53 +83,54 @@ class ModelRunner:
     def collector(self, prompts: AnySequence[Prompt],
                   params: SamplingParams | AnySequence[SamplingParams] | None = None) -> Collector:
         """The events of `stream` as an iterable that also gathers them into outputs."""
-        ids, each = self.world.together(
-            "prompts", lambda: self._prepare(prompts, params) if self.world.is_first else ([], []))
-        outputs = [GenerationOutput(i, p if isinstance(p, str) else None, prompt_ids, [CompletionOutput()])
-                   for i, (p, prompt_ids) in enumerate(zip(prompts, ids, strict=False))]
-        return Collector(outputs, self._lead(ids, each) if self.world.is_first else self._follow())
+        def prepare() -> list[Job]:
+            each = each_params(prompts, params)
+            return [self.prepare(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+
+        jobs = self.world.together("prompts", lambda: prepare() if self.world.is_first else [])
+        outputs = [GenerationOutput(job.index, job.prompt, job.ids, [CompletionOutput()]) for job in jobs]
+        return Collector(outputs, self.serve(iter(jobs)))
+
+    def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
+        """A request that this engine has room for; raises a `TpllmError` that says why it has none. Rank 0 only."""
+        ids = self._encode(prompt, index)
+        job = Job(index, prompt if isinstance(prompt, str) else None, ids, params)
+        check_room(job, self.engine.config)
+        return job
+
+    def serve(self, source: Iterator[Job], drain_seconds: float = 0.0) -> Iterator[TokenEvent]:
+        """Answer rank 0's jobs, each as soon as there is room for it; `source` is asked for no more than that.
+
+        After SIGUSR1 it asks for no more, goes on for `drain_seconds` with what is running, and ends; unfinished
+        answers then have no `finish_reason`. Collective; on other ranks there are no events.
+        """
+        self.world.enter("generate")
+        return self._lead(source, drain_seconds) if self.world.is_first else self._follow()
 
     def _follow(self) -> Iterator[TokenEvent]:
         """The other ranks' side: run what rank 0 sends until it sends the end."""
-        self.world.enter("generate")
         while (step := self.world.broadcast(None)) is not None:
             self.engine.step(step)
         yield from ()
 
-    def _lead(self, ids: list[list[int]], params: list[SamplingParams]) -> Iterator[TokenEvent]:
-        """Rank 0's side: send each step out, run it, sample, report; the last thing sent is the end.
-
-        After SIGUSR1 it ends early: unfinished answers then have no `finish_reason`.
-        """
-        self.world.enter("generate")
-        build = self.engine.config.build
-        scheduler = Scheduler(self.engine.capacity, build.max_batch_size, MAX_STEP_TOKENS)
-        answers = {}
-        for index, (prompt, p) in enumerate(zip(ids, params, strict=True)):
-            scheduler.add(Sequence(index, list(prompt), len(prompt) + p.max_output_len))
-            answers[index] = Answer(p, prompt, self.tokenizer)
+    def _lead(self, source: Iterator[Job], drain_seconds: float) -> Iterator[TokenEvent]:
+        """Rank 0's side: send each step out, run it, choose tokens, report; the last thing sent is the end."""
+        world, build = self.world, self.engine.config.build
+        started = (Answer(job, self.tokenizer).branches for job in source)
+        admitted = itertools.takewhile(lambda _: not world.draining, started)
+        scheduler = Scheduler(self.engine.capacity, build.max_batch_size, MAX_STEP_TOKENS, admitted)
+        end: StepInput | None = None
+        until = float("inf")
         try:
-            while not self.world.draining and (work := scheduler.next_step()):
-                step, finished = work
-                logits = self.engine.step(self.world.broadcast(step))
-                best = logits.argmax(-1).tolist()  # for all rows at once: on a GPU each question is a round trip
-                for row, sequence in enumerate(finished):
-                    event = answers[sequence.index].accept(sequence, logits[row], best[row])
-                    if event.finish_reason:
-                        scheduler.finish(sequence)
-                    yield event
+            while work := scheduler.next_step():
+                if world.draining:
+                    until = min(until, time.monotonic() + drain_seconds)
+                    if time.monotonic() >= until:
+                        break
+                step, parts = work
+                yield from advance(self.engine.step(world.broadcast(step)), parts, scheduler)
         finally:
-            end: StepInput | None = None
-            self.world.broadcast(end)
-
-    def _prepare(self, prompts: AnySequence[Prompt], params: SamplingParams | AnySequence[SamplingParams] | None,
-                 ) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Token ids and sampling of every prompt; refused when the engine has no room for one."""
-        each = each_params(prompts, params)
-        ids = [self._encode(prompt, i) for i, prompt in enumerate(prompts)]
-        for i, (prompt_ids, p) in enumerate(zip(ids, each, strict=True)):
-            check_lengths(i, len(prompt_ids), p.max_output_len, self.engine.config)
-        return ids, each
+            world.broadcast(end)
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         vocab = self.engine.config.model.vocab_size
@@ -179,27 +149,39 @@ class ModelRunner:
         return ids
 
 
-class Answer:
-    """What is known of one request while it is generated."""
+def advance(logits: torch.Tensor, parts: list[tuple[Branch, slice]], scheduler: Scheduler[Branch],
+            ) -> Iterator[TokenEvent]:
+    """Give a step's logits `[R, vocab]` to the sequences they are for; each complete one gets its next token."""
+    rows: list[int] = []
+    drawing: list[Branch] = []
+    beams: dict[Answer, list[int]] = {}
+    for branch, place in parts:
+        branch.answer.score_prompt(branch, logits[place])
+        if branch.pending:
+            continue
+        if branch.answer.searches:
+            beams.setdefault(branch.answer, []).append(place.stop - 1)
+            continue
+        drawers = branch.answer.drawers(branch, scheduler)
+        drawing += drawers
+        rows += [place.stop - 1] * len(drawers)
+    if drawing:
+        mine = logits if rows == list(range(len(logits))) else logits[rows]
+        tokens = choose(mine, [branch.row for branch in drawing])
+        logprobs = chosen_logprobs(mine, tokens, drawing)
+        for branch, token, found in zip(drawing, tokens, logprobs, strict=True):
+            yield from branch.answer.accept(branch, token, found, scheduler)
+    for answer, places in beams.items():
+        yield from answer.search(logits[places], scheduler)
 
-    def __init__(self, params: SamplingParams, prompt: list[int], tokenizer: Tokenizer | None) -> None:
-        self._sampler = Sampler(params)
-        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
-        ends = tokenizer.end_ids if tokenizer else frozenset()
-        self._ends = frozenset() if params.ignore_eos else ends if params.end_id is None else {params.end_id}
 
-    def accept(self, sequence: Sequence, logits: Any, best: int | None = None) -> TokenEvent:
-        """Sample the sequence's next token from `logits [vocab]` and append it; `best` is the largest, if known."""
-        greedy = self._sampler.params.temperature == 0.0
-        token = best if greedy and best is not None else self._sampler.choose(logits.cpu())
-        sequence.tokens.append(token)
-        stop, full = token in self._ends, len(sequence.tokens) == sequence.max_len
-        text = None
-        if self._detokenizer:
-            text = self._detokenizer.push(token) if not stop else ""
-            if stop or full:
-                text += self._detokenizer.finish()
-        return TokenEvent(sequence.index, token, text, "stop" if stop else "length" if full else None)
+def chosen_logprobs(logits: torch.Tensor, tokens: list[int], drawing: list[Branch]) -> list[Logprobs | None]:
+    """The log-probabilities that each branch asks for, by its row of `logits` and the token chosen from it."""
+    found: list[Logprobs | None] = []
+    for i, (branch, token) in enumerate(zip(drawing, tokens, strict=True)):
+        top = branch.row.params.logprobs
+        found.append(None if top is None else token_logprobs(logits[i:i + 1], [token], top)[0])
+    return found
 
 
 def each_params(prompts: AnySequence[Prompt],
@@ -212,9 +194,9 @@ def each_params(prompts: AnySequence[Prompt],
     return list(params)
 
 
-def check_lengths(index: int, prompt: int, output: int, config: EngineConfig) -> None:
-    """Refuse a prompt that the engine has no room for, naming what would make it fit."""
-    build = config.build
+def check_room(job: Job, config: EngineConfig) -> None:
+    """Refuse a request that the engine has no room for, naming what would make it fit."""
+    build, index, prompt, output = config.build, job.index, len(job.ids), job.params.max_output_len
     if prompt > build.max_input_len:
         raise DataError(f"prompt {index} has {prompt} tokens, the engine allows {build.max_input_len}; "
                         f"shorten it or build with --max-input-len {prompt}")
@@ -223,6 +205,9 @@ def check_lengths(index: int, prompt: int, output: int, config: EngineConfig) ->
         lower = f"use --max-output-len {room} or less" if room > 0 else "shorten it"
         raise DataError(f"prompt {index} has {prompt} tokens and may grow by --max-output-len {output}, the engine "
                         f"allows {build.max_seq_len} in all; {lower}, or build with --max-seq-len {prompt + output}")
+    if job.width > build.max_batch_size:
+        raise DataError(f"prompt {index} asks for {job.width} sequences at once, the engine allows "
+                        f"{build.max_batch_size}; build with --max-batch-size {job.width}")
 
 
 def find_checkpoint(config: EngineConfig, engine_dir: Path, given: str | Path | None) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -36,13 +36,13 @@ class Arena:
         self._runs = [run for run in self._runs if run[0] != start]
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """One request on its way: its tokens so far and how many of them are in the cache."""
+    """A run of tokens on its way: those so far and how many of them are in the cache."""
 
-    index: int
-    tokens: list[int]  # the prompt, then what was generated
+    tokens: list[int]  # the prompt, then what was generated; none yet in one that will be forked from another
     max_len: int  # tokens it may grow to; as many cache rows are its own
+    every_row: bool = False  # logits are wanted for each of its tokens
     start: int = -1
     cached: int = 0
 
@@ -51,72 +51,95 @@ class Sequence:
         return len(self.tokens) - self.cached
 
 
-@dataclass
-class Scheduler:
-    """Admits sequences in order as soon as a run of cache rows is free.
+S = TypeVar("S", bound=Sequence)
+Work = tuple[StepInput, list[tuple[S, slice]]]
 
-    A step holds at most `max_step_tokens`, those that need one token first: long prompts come in chunks while
-    others go on generating.
+
+class Scheduler(Generic[S]):
+    """Admits groups of sequences in order, each as soon as cache rows for all of it are free.
+
+    `source` is asked for the next group only when there may be room for it. A step holds at most
+    `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
     """
 
-    capacity: int
-    max_batch_size: int
-    max_step_tokens: int
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
+    def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, source: Iterator[list[S]]) -> None:
+        self.max_batch_size, self.max_step_tokens = max_batch_size, max_step_tokens
+        self.running: list[S] = []
+        self._source = source
+        self._next: list[S] | None = None  # came from the source, waits for room
+        self._arena = Arena(capacity)
+        self._copies: list[tuple[int, int, int]] = []
 
-    def __post_init__(self) -> None:
-        self._arena = Arena(self.capacity)
-
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
-
-    def next_step(self) -> tuple[StepInput, list[Sequence]] | None:
-        """The next step and the sequences that get a token from it, in the order of its logits' rows."""
+    def next_step(self) -> Work[S] | None:
+        """The next step, and the sequences that get logits from it with each one's rows of them."""
         self._admit()
         if not self.running:
             return None
         budget = self.max_step_tokens
-        parts: list[tuple[Sequence, int]] = []
+        parts: list[tuple[S, int]] = []
         # Sequences that only need one token come first: prefill must not hold up decode.
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
             take = min(sequence.pending, budget)
             if take:
                 parts.append((sequence, take))
                 budget -= take
-        step = pack(parts)
-        finished = [s for s, take in parts if take == s.pending]
+        step, counts = pack(parts, self._copies)
+        self._copies = []
         for sequence, take in parts:
             sequence.cached += take
-        return step, finished
+        ends = np.cumsum(counts).tolist()
+        return step, [(s, slice(end - n, end)) for (s, _), n, end in zip(parts, counts, ends, strict=True) if n]
 
-    def finish(self, sequence: Sequence) -> None:
+    def fork(self, pairs: list[tuple[S, S]]) -> None:
+        """Each first of a pair goes on from where the second one is now; all pairs at once."""
+        states = [(list(source.tokens), source.cached) for _, source in pairs]
+        for (target, source), (tokens, cached) in zip(pairs, states, strict=True):
+            if target is not source:
+                target.tokens[:], target.cached = tokens, cached
+                self._copies.append((source.start, target.start, cached))
+
+    def finish(self, sequence: S) -> None:
         """A sequence has ended: its rows are free again."""
         self._arena.give_back(sequence.start)
         self.running.remove(sequence)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch_size:
-            start = self._arena.take(self.waiting[0].max_len)
-            if start is None:
+        while len(self.running) < self.max_batch_size:
+            self._next = self._next or next(self._source, None)
+            if self._next is None or not self._place(self._next):
                 return
-            sequence = self.waiting.popleft()
+            self.running += self._next
+            self._next = None
+
+    def _place(self, group: list[S]) -> bool:
+        """Give every sequence of a group its rows, or none of them any."""
+        if len(self.running) + len(group) > self.max_batch_size:
+            return False
+        starts: list[int] = []
+        for sequence in group:
+            start = self._arena.take(sequence.max_len)
+            if start is None:
+                for taken in starts:
+                    self._arena.give_back(taken)
+                return False
+            starts.append(start)
+        for sequence, start in zip(group, starts, strict=True):
             sequence.start = start
-            self.running.append(sequence)
+        return True
 
 
-def pack(parts: list[tuple[Sequence, int]]) -> StepInput:
-    """One step of the next `take` uncached tokens of each sequence; logits where that completes the sequence."""
+def pack(parts: list[tuple[S, int]], copies: list[tuple[int, int, int]]) -> tuple[StepInput, list[int]]:
+    """One step of the next `take` uncached tokens of each sequence, and how many rows of logits each gets of it."""
     def tokens() -> Iterator[int]:
         for sequence, take in parts:
             yield from sequence.tokens[sequence.cached:sequence.cached + take]
 
     ends = np.cumsum([take for _, take in parts], dtype=np.int32)
-    complete = [take == s.pending for s, take in parts]
+    counts = [take if s.every_row else int(take == s.pending) for s, take in parts]
+    rows = [np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends.tolist(), counts, strict=True)]
     return StepInput(
         tokens=np.fromiter(tokens(), dtype=np.int32),
         query_start=np.concatenate([np.zeros(1, np.int32), ends]),
         start=np.array([s.start for s, _ in parts], dtype=np.int32),
         length=np.array([s.cached + take for s, take in parts], dtype=np.int32),
-        rows=ends[np.array(complete)] - np.int32(1),
-    )
+        rows=np.concatenate(rows), copies=np.array(copies, dtype=np.int32).reshape(-1, 3)), counts

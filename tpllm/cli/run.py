@@ -19,9 +19,10 @@ from tpllm.launch import CONSOLE
 from tpllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from tpllm.answer import GenerationOutput
     from tpllm.distributed import World
     from tpllm.inputs import Request
-    from tpllm.runner import GenerationOutput, ModelRunner
+    from tpllm.runner import ModelRunner
 
 HELP = "prompts -> text (mpirun -n TP tpllm run ...)"
 
@@ -114,7 +115,7 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
         raise UsageError("give --input-text TEXT or --input-file FILE; for a prompt to type at: tpllm launch run …")
     if interactive.wants_lines(args) and args.output_json:
         raise UsageError("--output-json needs --input-text or --input-file")
-    common = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS})
+    common = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS if hasattr(args, name)})
     if args.input_file:
         requests = read_requests(args.input_file)
     else:

@@ -108,6 +108,8 @@ class StepInput:
     start: NDArray[np.int32]  # [B] first arena row of each sequence's run
     length: NDArray[np.int32]  # [B] tokens of the sequence after this step
     rows: NDArray[np.int32]  # [R] which of the T tokens need logits
+    # [C, 3] runs of arena rows to copy before the step: first row, first row to write, count; all are read first
+    copies: NDArray[np.int32] | None = None
 
 
 class Engine(Protocol):

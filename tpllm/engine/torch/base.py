@@ -51,6 +51,7 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self, step: StepInput) -> torch.Tensor:
         """Float32 logits `[R, vocab]`."""
+        copy_rows(self._cache, step)
         arrays = (step.tokens, step.query_start, step.start, step.length, step.rows)
         return self._program(*(torch.from_numpy(a).to(self._cache.device) for a in arrays), self._cache)
 
@@ -61,6 +62,14 @@ def make_cache(config: EngineConfig, device: torch.device, rows: int | None = No
     return torch.empty(model.num_hidden_layers, 2, rows or build.max_batch_size * build.max_seq_len,
                        model.local(config.tp_size).num_kv_heads, model.head_size,
                        dtype=getattr(torch, model.dtype), device=device)
+
+
+def copy_rows(cache: torch.Tensor, step: StepInput) -> None:
+    """The step's copies within the arena."""
+    if step.copies is not None and len(step.copies):
+        source, target = (torch.cat([torch.arange(row, row + count) for row, count in step.copies[:, [i, 2]].tolist()])
+                          .to(cache.device) for i in (0, 1))
+        cache[:, :, target] = cache[:, :, source]  # reads into new memory before it writes
 
 
 @dataclass(frozen=True)

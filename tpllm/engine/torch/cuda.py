@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tpllm.engine.base import EngineConfig, StepInput
-from tpllm.engine.torch.base import Step, make_cache
+from tpllm.engine.torch.base import Step, copy_rows, make_cache
 
 ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
 
@@ -77,6 +77,7 @@ class CudaEngine:
     @torch.inference_mode()
     def step(self, step: StepInput) -> torch.Tensor:
         """Float32 logits `[R, vocab]` on the GPU; nothing here waits for it."""
+        copy_rows(self._cache, step)
         batch = len(step.start)
         if len(step.tokens) != batch:
             return self._mixed_step(step)
