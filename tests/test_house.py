@@ -17,7 +17,7 @@ PACKAGE = Path(tpllm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
-MAX_PACKAGE = 5200  # lines of code
+MAX_PACKAGE = 5450  # lines of code
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [

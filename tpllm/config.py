@@ -9,6 +9,7 @@ from tpllm.errors import DataError
 from tpllm.mapping import padded
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 10_000  # a torn number of layers must not become a table of billions
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise DataError(f"{name} is {value!r}; a positive whole number is needed")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise DataError(f"num_hidden_layers is {self.num_hidden_layers}; up to {MAX_LAYERS} are possible")
         require_positive(self, "norm_epsilon", "rotary_base")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DataError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
