@@ -14,6 +14,7 @@ import torch
 from makers import LLAMA31_GQA, make_meta_dir, save_hf_dir
 
 from tpllm.checkpoint.hf import HfCheckpoint
+from tpllm.checkpoint.meta import MetaCheckpoint
 from tpllm.checkpoint.rank import CheckpointConfig, RankCheckpoint
 from tpllm.checkpoint.reshard import ShardedCheckpoint
 from tpllm.checkpoint.source import all_sources
@@ -109,10 +110,12 @@ def spoil(directory: Path, rng: random.Random) -> tuple[str, bytes | None]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fuzz")
     meta = make_meta_dir(root / "meta", LLAMA31_GQA)
-    paths = {name: root / name for name in ("meta", "hf", "checkpoint", "one", "engine")}
+    paths = {name: root / name for name in ("meta", "hf", "checkpoint", "foreign", "one", "engine")}
     save_hf_dir(meta, paths["hf"], max_shard_size="60KB")
     for name, tp in (("checkpoint", "2"), ("one", "1")):
         assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(paths[name]), "--tp-size", tp]) == 0
+    shutil.copytree(paths["checkpoint"], paths["foreign"])
+    (paths["foreign"] / "manifest.json").unlink()  # as another tool leaves it
     assert main(["build", "--checkpoint-dir", str(paths["one"]), "--output-dir", str(paths["engine"]), "--backend",
                  "eager", "--device", "cpu"]) == 0
     return paths
@@ -204,7 +207,10 @@ def test_spoilt_engines(made: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
     fuzz_engine(made["engine"], tmp_path, range(SHORT), capsys)
 
 
-READERS: dict[str, Callable[[Path], Any]] = {"hf": HfCheckpoint, "checkpoint": ShardedCheckpoint}
+READERS: dict[str, Callable[[Path], Any]] = {
+    "meta": lambda directory: MetaCheckpoint(directory, Llama), "hf": HfCheckpoint, "checkpoint": ShardedCheckpoint,
+    "foreign": ShardedCheckpoint,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", READERS)

@@ -60,6 +60,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise DataError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(self.architecture, str) or not isinstance(self.use_parallel_embedding, bool):
+            raise DataError(f"architecture is {self.architecture!r}, use_parallel_embedding "
+                            f"{self.use_parallel_embedding!r}; a name and true or false are needed")
         if self.embedding_sharding_dim not in (0, 1):
             raise DataError(f"embedding_sharding_dim is {self.embedding_sharding_dim}; 0 (vocabulary) or 1 (hidden)")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",

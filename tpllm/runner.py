@@ -44,6 +44,7 @@ class ModelRunner:
 
     def __init__(self, world: World, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.world, self.engine, self.tokenizer = world, engine, tokenizer
+        self.max_batch_size = engine.config.build.max_batch_size  # sequences at a time; the engine's bound or less
 
     @classmethod
     def from_dir(cls, engine_dir: str | Path, tokenizer_dir: str | Path | None = None,
@@ -115,10 +116,10 @@ class ModelRunner:
 
     def _lead(self, source: Iterator[Job], drain_seconds: float) -> Iterator[TokenEvent]:
         """Rank 0's side: send each step out, run it, choose tokens, report; the last thing sent is the end."""
-        world, build = self.world, self.engine.config.build
+        world = self.world
         started = (Answer(job, self.tokenizer).branches for job in source)
         admitted = itertools.takewhile(lambda _: not world.draining, started)
-        scheduler = Scheduler(self.engine.capacity, build.max_batch_size, MAX_STEP_TOKENS, admitted)
+        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, MAX_STEP_TOKENS, admitted)
         end: StepInput | None = None
         until = float("inf")
         try:

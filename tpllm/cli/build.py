@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,11 +52,9 @@ def build(args: argparse.Namespace, world: World) -> int:
     import time
 
     from tpllm.checkpoint.rank import CheckpointConfig
-    from tpllm.engine import find_backend
+    from tpllm.engine import build_engines
     from tpllm.engine.base import EngineConfig, versions
     from tpllm.errors import UsageError
-    from tpllm.files import output_dir, write_json
-    from tpllm.mapping import Mapping
 
     started = time.perf_counter()
     say = world.say
@@ -74,23 +70,10 @@ def build(args: argparse.Namespace, world: World) -> int:
                             str(args.checkpoint_dir.resolve()), versions())
 
     config = world.together("build", plan)
-    backend = find_backend(config.build.backend)
-    # Engines are code for one kind of device, so `auto` ends here.
-    device = world.together("build", lambda: backend.choose_device(config.build.device, world))
-    config = replace(config, build=replace(config.build, device=device))
     switches = [f"--{name}" for name in PLUGIN_SWITCHES if getattr(args, name.replace("-", "_")) is not None]
     if switches:
         say(f"build: {', '.join(switches)} mean nothing here: these engines have no plugins")
-    with contextlib.ExitStack() as stack:
-        # Rank 0 owns the directory: it makes the partial one, all write into it, and its rename ends the build.
-        opened = world.together("build", lambda: stack.enter_context(output_dir(args.output_dir))
-                                if world.is_first else None)
-        out = world.broadcast(opened)
-        assert out is not None
-        backend.build(config, Mapping(config.tp_size, world.rank), args.checkpoint_dir, out, world, args.model_file)
-        if world.is_first:
-            write_json(out / "config.json", config.to_json())
-    world.barrier()
+    config = build_engines(config, args.output_dir, args.checkpoint_dir, world, args.model_file)
     if world.is_first:
         size = sum(path.stat().st_size for path in args.output_dir.glob("rank*.engine"))
         say(f"build: {config.tp_size} engine(s) in {args.output_dir}, backend {config.build.backend}, "

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from dataclasses import replace
+from pathlib import Path
 
-from tpllm.engine.base import Backend
+from tpllm.distributed import World
+from tpllm.engine.base import Backend, EngineConfig
 from tpllm.errors import UsageError
+from tpllm.files import output_dir, write_json
+from tpllm.mapping import Mapping
 
 BACKENDS = {
     "inductor": "tpllm.engine.torch.inductor:InductorBackend",
@@ -20,3 +26,22 @@ def find_backend(name: str) -> Backend:
     module, cls = BACKENDS[name].split(":")
     backend: Backend = getattr(importlib.import_module(module), cls)()
     return backend
+
+
+def build_engines(config: EngineConfig, directory: Path, checkpoint_dir: Path | None, world: World,
+                  model_file: Path | None = None) -> EngineConfig:
+    """Write the engine directory; without a checkpoint, for random weights. The config as built; collective."""
+    backend = find_backend(config.build.backend)
+    # Engines are code for one kind of device, so `auto` ends here.
+    device = world.together("build", lambda: backend.choose_device(config.build.device, world))
+    config = replace(config, build=replace(config.build, device=device))
+    with contextlib.ExitStack() as stack:
+        # Rank 0 owns the directory: it makes the partial one, all write into it, and its rename ends the build.
+        opened = world.together("build", lambda: stack.enter_context(output_dir(directory)) if world.is_first else None)
+        out = world.broadcast(opened)
+        assert out is not None
+        backend.build(config, Mapping(config.tp_size, world.rank), checkpoint_dir, out, world, model_file)
+        if world.is_first:
+            write_json(out / "config.json", config.to_json())
+    world.barrier()
+    return config
