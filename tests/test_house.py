@@ -207,7 +207,8 @@ def help_of(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("code", ["import tpllm", help_of([]), help_of(["convert"]), help_of(["build"]),
                                   help_of(["run"]), help_of(["launch"]), help_of(["sbatch"]),
-                                  help_of(["demo"]), help_of(["inspect"]), help_of(["verify"])], ids=lambda code: code[-60:-45])  # fmt: skip
+                                  help_of(["demo"]), help_of(["inspect"]), help_of(["verify"])],
+                         ids=lambda code: code[-60:-45])  # fmt: skip
 def test_help_loads_nothing_heavy(code: str) -> None:
     modules = loaded(code)
     assert "tpllm" in modules
