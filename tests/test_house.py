@@ -19,11 +19,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
 MAX_CORE, MAX_PART = 5000, 650  # lines of code
-# Verbs and backends with all that nothing else stands on: who reads the core may leave them out.
+# Verbs, formats and backends with all that nothing else stands on: who reads the core may leave them out.
 PARTS = {
+    "batch": ("batch", "cli.batch"),
     "bench": ("bench", "cli.bench"),
     "eval": ("evaluate", "cli.eval"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
+    "sources": ("checkpoint.hf", "checkpoint.reshard"),
+    "verify": ("checkpoint.verify", "cli.inspect", "cli.verify"),
 }
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
@@ -214,7 +217,8 @@ def help_of(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("code", ["import tpllm", help_of([]), help_of(["convert"]), help_of(["build"]),
                                   help_of(["run"]), help_of(["eval"]), help_of(["batch"]), help_of(["launch"]),
-                                  help_of(["sbatch"]), help_of(["demo"])], ids=lambda code: code[-60:-45])  # fmt: skip
+                                  help_of(["sbatch"]), help_of(["demo"]), help_of(["inspect"]), help_of(["verify"])],
+                         ids=lambda code: code[-60:-45])  # fmt: skip
 def test_help_loads_nothing_heavy(code: str) -> None:
     modules = loaded(code)
     assert "tpllm" in modules

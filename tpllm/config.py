@@ -9,6 +9,7 @@ from tpllm.errors import DataError
 from tpllm.mapping import padded
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 10_000  # a torn number of layers must not become a table of billions
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise DataError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(self.architecture, str) or not isinstance(self.use_parallel_embedding, bool):
+            raise DataError(f"architecture is {self.architecture!r}, use_parallel_embedding "
+                            f"{self.use_parallel_embedding!r}; a name and true or false are needed")
         if self.embedding_sharding_dim not in (0, 1):
             raise DataError(f"embedding_sharding_dim is {self.embedding_sharding_dim}; 0 (vocabulary) or 1 (hidden)")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -66,6 +70,8 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise DataError(f"{name} is {value!r}; a positive whole number is needed")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise DataError(f"num_hidden_layers is {self.num_hidden_layers}; up to {MAX_LAYERS} are possible")
         require_positive(self, "norm_epsilon", "rotary_base")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DataError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "

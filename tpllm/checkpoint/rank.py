@@ -50,6 +50,9 @@ class CheckpointConfig:
         if not sizes or any(type(n) is not int or n < 1 for n in sizes) or sizes[2] != 1 or mapping.get(
                 "world_size", sizes[0] * sizes[1]) != sizes[0] * sizes[1]:
             raise DataError(f"config.json: mapping {mapping} is not tp_size x pp_size ranks")
+        if (problem := model.tp_problem(sizes[0])) or sizes[1] > model.num_hidden_layers:
+            raise DataError(f"config.json: mapping {mapping} does not fit the model: "
+                            f"{problem or f'it has {model.num_hidden_layers} layers'}")
         return cls(model, sizes[0], sizes[1])
 
     @classmethod

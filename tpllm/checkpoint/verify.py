@@ -9,18 +9,13 @@ from pathlib import Path
 import torch
 
 from tpllm.checkpoint.convert import cut
-from tpllm.checkpoint.hf import HfCheckpoint
-from tpllm.checkpoint.meta import MetaCheckpoint
 from tpllm.checkpoint.rank import CheckpointConfig, RankCheckpoint, rank_file, read_manifest
-from tpllm.checkpoint.reshard import ShardedCheckpoint
 from tpllm.checkpoint.safetensors_file import tensor_bytes
-from tpllm.checkpoint.source import SourceCheckpoint, source_weights
-from tpllm.config import ModelConfig
+from tpllm.checkpoint.source import SourceCheckpoint, all_sources
 from tpllm.errors import DataError
 from tpllm.files import digest
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
-from tpllm.models.base import Model
 
 
 def verify_checkpoint(directory: Path, model_file: Path | None, say: Callable[[str], None]) -> None:
@@ -45,42 +40,29 @@ def verify_checkpoint(directory: Path, model_file: Path | None, say: Callable[[s
         say("no manifest.json: names, shapes and dtypes are right; whether the values are is not known")
 
 
-def verify_against(directory: Path, source_dir: Path, model_file: Path | None) -> int:
-    """The number of tensors, all of them proven to be the source's bit for bit after joining the ranks' shards again.
+def compare(ours: SourceCheckpoint, theirs: SourceCheckpoint) -> int:
+    """The number of tensors, after each of ours was found to be theirs bit for bit, in our dtype.
 
     One full tensor of each side is held at a time. Raises a `DataError` that names the first one that differs.
     """
-    ours = ShardedCheckpoint(directory, model_file)
-    theirs = find_source(source_dir, ours.model, model_file)
-    if differing := different_fields(ours.config, theirs):
-        raise DataError(f"{directory / 'config.json'} and {source_dir}: {differing}")
-    count, dtype = 0, getattr(torch, ours.config.dtype)
-    for weight, layer in source_weights(ours.model(ours.config)):
-        for part in weight.sources:
-            expected = cut(theirs.tensor(part, layer), part, theirs.kind, ours.config, Mapping(1)).to(dtype)
-            if digest(tensor_bytes(ours.tensor(part, layer))) != digest(tensor_bytes(expected)):
-                where = "" if layer is None else f"layer {layer}, "
-                raise DataError(f"{directory}: {where}{weight.name} is not what {source_dir} holds as {part.meta} "
-                                f"({part.hf})")
-            count += 1
-    return count
+    if differing := different_fields(ours, theirs):
+        raise DataError(f"{ours.directory / 'config.json'} and {theirs.directory}: {differing}")
+    sources, dtype = list(all_sources(ours.model(ours.config))), getattr(torch, ours.config.dtype)
+    for part, layer in sources:
+        expected = cut(theirs.tensor(part, layer), part, theirs.kind, ours.config, Mapping(1)).to(dtype)
+        if digest(tensor_bytes(ours.tensor(part, layer))) != digest(tensor_bytes(expected)):
+            where = "" if layer is None else f" of layer {layer}"
+            raise DataError(f"{part.meta} ({part.hf}){where} in {ours.directory} is not that of {theirs.directory}")
+    return len(sources)
 
 
-def find_source(directory: Path, model: type[Model], model_file: Path | None) -> SourceCheckpoint:
-    """Meta's, TensorRT-LLM's or Hugging Face's, as the files in the directory tell."""
-    if (directory / "params.json").is_file():
-        return MetaCheckpoint(directory, model)
-    if (directory / rank_file(0)).is_file():
-        return ShardedCheckpoint(directory, model_file)
-    return HfCheckpoint(directory, model_file)
-
-
-def different_fields(ours: ModelConfig, theirs: SourceCheckpoint) -> str:
+def different_fields(ours: SourceCheckpoint, theirs: SourceCheckpoint) -> str:
     """What the two say differently of the same model; empty if they agree."""
-    other = replace(theirs.config, dtype=ours.dtype, use_parallel_embedding=ours.use_parallel_embedding,
-                    embedding_sharding_dim=ours.embedding_sharding_dim)
+    mine = ours.config
+    other = replace(theirs.config, dtype=mine.dtype, use_parallel_embedding=mine.use_parallel_embedding,
+                    embedding_sharding_dim=mine.embedding_sharding_dim)
     if theirs.kind == "meta":  # its params.json holds neither, so converting guessed them or was told
-        other = replace(other, max_position_embeddings=ours.max_position_embeddings,
-                        rotary_scaling=other.rotary_scaling and ours.rotary_scaling)
-    pairs = zip(asdict(ours).items(), asdict(other).values(), strict=True)
-    return ", ".join(f"{name} is {mine!r} and {yours!r}" for (name, mine), yours in pairs if mine != yours)
+        other = replace(other, max_position_embeddings=mine.max_position_embeddings,
+                        rotary_scaling=other.rotary_scaling and mine.rotary_scaling)
+    pairs = zip(asdict(mine).items(), asdict(other).values(), strict=True)
+    return ", ".join(f"{name} is {here!r} and {there!r}" for (name, here), there in pairs if here != there)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpllm.errors import DataError, UsageError
+from tpllm.errors import DataError, TpllmError, UsageError
 from tpllm.files import read_json
 
 if TYPE_CHECKING:
@@ -83,10 +83,13 @@ def engine_ranks(directory: Path) -> tuple[EngineConfig, list[tuple[RankEngine, 
     from tpllm.engine.base import EngineConfig, read_engine
     from tpllm.mapping import Mapping
 
-    config = EngineConfig.load(directory)
-    if type(config.tp_size) is not int or config.tp_size < 1 or not isinstance(config.versions, dict):
-        raise DataError(f"{directory}/config.json is not an engine's: tp_size is {config.tp_size!r}, versions are "
-                        f"{config.versions!r}")
+    try:
+        config = EngineConfig.load(directory)
+        if type(config.tp_size) is not int or config.tp_size < 1 or config.model.tp_problem(config.tp_size):
+            raise DataError(f"tp_size is {config.tp_size!r}")
+        config.digest()
+    except (TpllmError, KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{directory / 'config.json'} is not an engine's: {e}") from None
     return config, [read_engine(directory, config, mapping) for mapping in Mapping.all_ranks(config.tp_size)]
 
 
