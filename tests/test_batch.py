@@ -578,6 +578,13 @@ def test_chats_go_through_the_tokenizers_template(tmp_path: Path) -> None:
     assert (error["line"], error["id"], error["error"]) == (1, "a", "the tokenizer has no chat template")
 
 
+def test_chats_of_run_too(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here of a model that has no tokenizer."""
+    given = write(tmp_path / "in.jsonl", [{"token_ids": [1]}, {"messages": [{"role": "user", "content": "Hi"}]}])
+    assert main(["run", "--engine-dir", str(build(LLAMA2_MHA).engine), "--input-file", str(given)]) == 12
+    assert f"{given} line 2: " in capsys.readouterr().err
+
+
 # Two lines of OpenAI's documentation of its batch files, and what its reference says of the fields.
 CHAT = {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": {
     "model": "gpt-3.5-turbo-0125", "messages": [{"role": "system", "content": "You are a helpful assistant."},

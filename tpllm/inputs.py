@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tpllm.errors import DataError, UsageError
+from tpllm.errors import DataError, TpllmError, UsageError
 from tpllm.sampling import SamplingParams
 from tpllm.tokenizer import Tokenizer
 
@@ -33,10 +33,13 @@ class Request:
         """The same with messages as the prompt that the tokenizer's chat template makes of them."""
         if self.messages is None:
             return self
-        chat = getattr(tokenizer, "chat", None)
+        chat, place = getattr(tokenizer, "chat", None), f"{self.place}: " if self.place else ""
         if chat is None:
-            raise DataError(f"{self.place}: the tokenizer has no chat template".removeprefix(": "))
-        return replace(self, prompt=chat(self.messages), messages=None)
+            raise DataError(f"{place}the tokenizer has no chat template")
+        try:
+            return replace(self, prompt=chat(self.messages), messages=None)
+        except TpllmError as e:
+            raise DataError(f"{place}{e}") from None
 
 
 def read_requests(path: Path) -> list[Request]:
