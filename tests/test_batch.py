@@ -453,7 +453,7 @@ def bad_lines(chance: random.Random, vocab: int) -> bytes:
     good = {"id": chance.randrange(10**9), "prompt": "Count to " + chance.choice(["two", "é€", "\u2028"])}
     text = json.dumps(good, ensure_ascii=chance.random() < 0.5).encode()
     number = chance.choice([-1, -chance.randrange(1, 10**6), -0.5, float("nan"), float("-inf"), -10**30])
-    field = chance.choice(["max_output_len", "temperature", "top_k", "top_p", "seed", "end_id", "color", "\ud800", ""])
+    field = chance.choice(["max_output_len", "temperature", "top_k", "top_p", "seed", "color", "\ud800", ""])
     cut = chance.randrange(1, len(text) - 1)
     return chance.choice([
         lambda: text[:cut],
@@ -576,6 +576,13 @@ def test_chats_go_through_the_tokenizers_template(tmp_path: Path) -> None:
     serve(tmp_path, [{"id": "a", "messages": messages}, {"token_ids": [1]}], runner, overwrite=True)
     (error,) = errors_of(tmp_path / "out.jsonl")
     assert (error["line"], error["id"]) == (1, "a") and "--tokenizer-dir" in error["error"]
+
+
+def test_chats_of_run_too(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here of a model that has no tokenizer."""
+    given = write(tmp_path / "in.jsonl", [{"token_ids": [1]}, {"messages": [{"role": "user", "content": "Hi"}]}])
+    assert main(["run", "--engine-dir", str(build(LLAMA2_MHA).engine), "--input-file", str(given)]) == 12
+    assert f"{given} line 2: " in capsys.readouterr().err
 
 
 # Two lines of OpenAI's documentation of its batch files, and what its reference says of the fields.

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
 MAX_CORE, MAX_PART = 5000, 650  # lines of code
-# Verbs, formats and backends with all that nothing else stands on: who reads the core may leave them out.
+# What only verbs stand on: who reads the core may leave it out.
 PARTS = {
     "batch": ("batch", "cli.batch"),
     "bench": ("bench", "cli.bench"),
@@ -196,9 +196,9 @@ def test_core_and_parts_are_small() -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_nothing_else_stands_on_a_part(part: str) -> None:
+def test_only_verbs_stand_on_a_part(part: str) -> None:
     for name in MODULES:
-        if part_of(name) != part:
+        if top(name) != "cli" and part_of(name) != part:
             assert not [other for other in imports(name) if part_of(other) == part], name
 
 

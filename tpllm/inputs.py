@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm.chat import Message
-from tpllm.errors import DataError, UsageError
+from tpllm.errors import DataError, TpllmError, UsageError
 from tpllm.sampling import SamplingParams
 from tpllm.tokenizer import Tokenizer
 
@@ -33,9 +33,13 @@ class Request:
         """The same with messages as the prompt that the tokenizer's chat template makes of them."""
         if self.messages is None:
             return self
+        place = f"{self.place}: " if self.place else ""
         if tokenizer is None:
-            raise UsageError(f"{self.place}: a chat needs a tokenizer: give --tokenizer-dir DIR".removeprefix(": "))
-        return replace(self, prompt=tokenizer.chat(self.messages), messages=None)
+            raise UsageError(f"{place}a chat needs a tokenizer: give --tokenizer-dir DIR")
+        try:
+            return replace(self, prompt=tokenizer.chat(self.messages), messages=None)
+        except TpllmError as e:
+            raise DataError(f"{place}{e}") from None
 
 
 def read_requests(path: Path) -> list[Request]:
