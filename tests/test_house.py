@@ -23,7 +23,10 @@ MAX_CORE, MAX_PART = 5000, 650  # lines of code
 PARTS = {
     "batch": ("batch", "cli.batch"),
     "bench": ("bench", "cli.bench"),
+    "demo": ("demo", "cli.demo"),
+    "doctor": ("doctor", "cli.doctor"),
     "eval": ("evaluate", "cli.eval"),
+    "interactive": ("cli.interactive", "launch.console"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "verify": ("checkpoint.verify", "cli.inspect", "cli.verify"),

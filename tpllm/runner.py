@@ -142,7 +142,7 @@ class ModelRunner:
                 raise UsageError("this model has no tokenizer: give --tokenizer-dir DIR, or token ids (.csv, .npy)")
             try:
                 return self.tokenizer.encode(prompt)
-            except (UnicodeError, RuntimeError, TypeError) as e:
+            except (ValueError, RuntimeError, TypeError) as e:  # whatever a tokenizer's library raises
                 raise DataError(f"prompt {index} is not text that can be encoded: {e}") from None
         ids = [int(i) for i in prompt]
         if not ids:

@@ -85,4 +85,5 @@ def open_job(args: argparse.Namespace) -> BatchJob:
     drain = seconds("TPLLM_DRAIN_SECONDS") * 2 / 3 if args.drain_seconds is None else args.drain_seconds
     if not 0 <= drain < float("inf"):
         raise UsageError(f"--drain-seconds is {drain}; it starts at 0")
-    return BatchJob(args.input_file, args.output_file, sampling_params(args), args.shard, args.resume, args.overwrite, drain)
+    return BatchJob(args.input_file, args.output_file, sampling_params(args), args.shard, args.resume, args.overwrite,
+                    drain)
