@@ -18,7 +18,7 @@ from tpllm.checkpoint.convert import copy_tokenizer
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
 from tpllm.errors import DataError, UsageError
-from tpllm.launch import CONSOLE
+from tpllm.launched import CONSOLE
 from tpllm.tokenizer import Tokenizer, load_tokenizer
 
 Conversation = list[dict[str, str]]
