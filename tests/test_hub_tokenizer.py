@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from makers import LLAMA2_MHA, make_meta_dir, save_hf_dir
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 
+from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
 from tpllm.errors import DataError
 from tpllm.tokenizer import Detokenizer, HubTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -115,6 +118,19 @@ def test_control_tokens_typed_by_a_user_are_text(directory: Path) -> None:
 def test_ids_without_text_decode_to_nothing(directory: Path) -> None:
     ours, _ = both(directory)
     assert ours.decode([]) == ours.decode([ours.bos_id, *ours.end_ids, 10**6, -1]) == ""
+
+
+def test_it_comes_along_with_the_weights(directory: Path, tmp_path: Path) -> None:
+    """A converted Hugging Face directory has the tokenizer, its end token and the chat's form."""
+    meta = make_meta_dir(tmp_path / "meta", replace(LLAMA2_MHA, vocab_size=400))
+    source = save_hf_dir(meta, tmp_path / "hf")
+    for path in directory.iterdir():
+        shutil.copyfile(path, source / path.name)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    assert main(["convert", "--hf-model-dir", str(source), "--output-dir", str(tmp_path / "out")]) == 0
+    ours, (_, theirs) = load_tokenizer(tmp_path / "out"), both(source)
+    assert isinstance(ours, HubTokenizer) and ours.end_ids == {theirs.eos_token_id}
+    assert [ours.encode(text) for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
 
 
 @given(prompt=st.text(max_size=20), answer=st.text(st.sampled_from(" \nabethéß日👍🏽€"), max_size=30))

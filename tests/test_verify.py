@@ -108,6 +108,25 @@ def test_the_schema(change: Any, words: str, copy: Callable[[str], Path], capsys
     assert words in message and "rank1.safetensors" in message and "rank3.safetensors" in message  # both are named
 
 
+@pytest.mark.parametrize(("key", "value"), [("norm_epsilon", 1e-6), ("rotary_base", 10000.0), ("producer", "x")])
+def test_config_json_is_the_one_that_was_written(key: str, value: Any, copy: Callable[[str], Path],
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """A field of another value would make another model of the same weights, without any sign of it."""
+    directory = copy("tp4")
+    path, manifest = directory / "config.json", directory / "manifest.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(sorted(data.items()))))  # spacing and order mean nothing
+    assert main(["verify", str(directory)]) == 0
+    path.write_text(json.dumps(data | {key: value}))
+    for verb in ("verify", "inspect"):
+        assert main([verb, str(directory)]) == 12
+        assert f'{path} is not what' in (message := capsys.readouterr().err) and 'remove "config"' in message
+    written = json.loads(manifest.read_text())
+    del written["config"]
+    manifest.write_text(json.dumps(written))
+    assert main(["verify", str(directory)]) == 0  # as the message says
+
+
 def test_a_rank_too_few_and_one_too_many(copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     directory = copy("tp4")
     (directory / "rank3.safetensors").rename(directory / "rank4.safetensors")

@@ -214,9 +214,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = self._window(prompt)
-        # A prompt of ids may end inside a character; the token that completes it shows it.
-        self._shown = len(tokenizer.decode(self._ids).rstrip("\ufffd"))
+        self._begin(prompt)
 
     def push(self, token: int) -> str:
         """The text that this token completes; may be empty."""
@@ -233,14 +231,17 @@ class Detokenizer:
     def _advance(self, text: str) -> str:
         piece = text[self._shown:]
         # The window stays short, so that a long answer costs no more a token than a short one.
-        self._ids = self._window(self._ids)
-        self._shown = len(self._tokenizer.decode(self._ids))
+        self._begin(self._ids)
         return piece
 
-    def _window(self, ids: Sequence[int]) -> list[int]:
-        """The last few tokens: decoded alone, the next one would lose its leading space.
+    def _begin(self, ids: Sequence[int]) -> None:
+        """Go on from the last few tokens: decoded alone, the next one would lose its leading space.
 
         They begin with a whole character, as half a one spoils all bytes after it in Hugging Face's decoders.
         """
-        windows = [list(ids[-n:]) for n in range(8, 0, -1)]
-        return next((some for some in windows if not self._tokenizer.decode(some).startswith("\ufffd")), windows[0])
+        for some in [ids[-n:] for n in range(8, 0, -1)] + [ids[-8:]]:
+            text = self._tokenizer.decode(some)
+            if not text.startswith("\ufffd"):
+                break
+        # A prompt of ids may end inside a character; the token that completes it shows it.
+        self._ids, self._shown = list(some), len(text.rstrip("\ufffd"))
