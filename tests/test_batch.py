@@ -313,38 +313,46 @@ def test_a_wrong_shard_is_refused(bad: str) -> None:
     assert caught.value.code == 2
 
 
-def test_drained_within_its_time(one: Callable[..., int], prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the signal at most a batch is running: all of it is answered, or nothing with no time for it."""
-    given, expected = prompts
+SignalWhen = Callable[[Callable[[BatchJob, TokenEvent], bool], int], None]
+
+
+@pytest.fixture
+def signal_when(monkeypatch: pytest.MonkeyPatch) -> SignalWhen:
+    """Has jobs get a signal after the tokens that a condition holds for; the one before is forgotten."""
     take = BatchJob.take
 
-    def signalled(job: BatchJob, event: TokenEvent) -> None:
-        take(job, event)
-        if job.counts["answered"] == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def arm(condition: Callable[[BatchJob, TokenEvent], bool], number: int) -> None:
+        def taking(job: BatchJob, event: TokenEvent) -> None:
+            take(job, event)
+            if condition(job, event):
+                os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(BatchJob, "take", signalled)
+        monkeypatch.setattr(World.start(), "draining", False)
+        monkeypatch.setattr(BatchJob, "take", taking)
+
+    return arm
+
+
+def test_drained_within_its_time(one: Callable[..., int], prompts: Prompts, signal_when: SignalWhen) -> None:
+    """At the signal at most a batch is running: all of it is answered, or nothing with no time for it."""
+    given, expected = prompts
+    signal_when(lambda job, event: job.counts["answered"] == 4, signal.SIGUSR1)
     assert one(given) == 75
     assert 4 < len(tokens(read(Path("out.jsonl")))) <= 4 + MAX_BATCH
-    monkeypatch.setattr(World.start(), "draining", False)
+    signal_when(lambda job, event: job.counts["answered"] == 4, signal.SIGUSR1)
     assert one(given, "--overwrite", "--drain-seconds", "0") == 75
     assert len(tokens(read(Path("out.jsonl")))) in range(4, 4 + MAX_BATCH)
-    monkeypatch.setattr(World.start(), "draining", False)
-    monkeypatch.setattr(BatchJob, "take", take)
+    # No line is left to begin with, but the last answer is not whole.
+    signal_when(lambda job, event: event.index == len(expected) - 1, signal.SIGTERM)
+    assert one(given, "--resume", "--drain-seconds", "0") == 75
+    signal_when(lambda job, event: False, 0)
     assert one(given, "--resume") == 0
     assert tokens(read(Path("out.jsonl"))) == expected
 
 
 def test_a_signal_after_the_last_prompt_is_no_interruption(one: Callable[..., int], prompts: Prompts,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    take = BatchJob.take
-
-    def signalled(job: BatchJob, event: TokenEvent) -> None:
-        take(job, event)
-        if job.counts["answered"] == len(prompts[1]):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(BatchJob, "take", signalled)
+                                                          signal_when: SignalWhen) -> None:
+    signal_when(lambda job, event: job.counts["answered"] == len(prompts[1]), signal.SIGTERM)
     assert one(prompts[0]) == 0
 
 
@@ -496,6 +504,7 @@ def test_a_thousand_bad_lines(demo: Built, tmp_path: Path, capsys: pytest.Captur
     assert [error["line"] for error in found] == [
         n for n in range(1, 1032) if n - 1 not in good and n != 701]
     assert all(error["error"] and len(error["error"]) <= 500 for error in found)
+    assert [f"longer than {MAX_LINE} bytes" in error["error"] for error in found].count(True) == 1
     console = capsys.readouterr().err
     assert console.count("\n") == 12 and "Traceback" not in console, "the first ones, and the progress"
 
