@@ -584,7 +584,7 @@ def test_chats_go_through_the_tokenizers_template(tmp_path: Path) -> None:
     runner.tokenizer = None
     serve(tmp_path, [{"id": "a", "messages": messages}, {"token_ids": [1]}], runner, overwrite=True)
     (error,) = errors_of(tmp_path / "out.jsonl")
-    assert (error["line"], error["id"], error["error"]) == (1, "a", "the tokenizer has no chat template")
+    assert (error["line"], error["id"]) == (1, "a") and "--tokenizer-dir" in error["error"]
 
 
 def test_chats_of_run_too(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

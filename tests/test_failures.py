@@ -75,9 +75,14 @@ LONG = [pytest.param(kind, rank, verb, marks=pytest.mark.full)
         for kind in KINDS for rank in (0, 1) for verb in ("run", "build") if (rank, verb) != (1, "run")]
 
 
+@pytest.mark.parametrize("starter", ["mpirun", "launch"])
 @pytest.mark.parametrize(("kind", "rank", "verb"), [*((kind, 1, "run") for kind in KINDS), *LONG])
-def test_any_failure_of_any_rank_ends_the_job(work: Path, tmp_path: Path, kind: str, rank: int, verb: str) -> None:
-    """Within 10 s, or the heartbeat for a rank that falls silent; named on the console; no process is left."""
+def test_any_failure_of_any_rank_ends_the_job(work: Path, tmp_path: Path, kind: str, rank: int, verb: str,
+                                              starter: str) -> None:
+    """Within 10 s, or the heartbeat for a rank that falls silent; named on the console; no process is left.
+
+    Under `tpllm launch` the exit code says which of the two it was.
+    """
     if verb == "run":
         argv, stage, when = run_argv(work), "generate", 3
     else:
@@ -85,8 +90,13 @@ def test_any_failure_of_any_rank_ends_the_job(work: Path, tmp_path: Path, kind: 
                              "--backend", "eager", "--model-file", str(HERE / "raising_model.py")], "build", 1
     mark = f"tpllm-test-{os.getpid()}-{kind}-{rank}-{verb}"
     started = time.monotonic()
-    done = mpirun(2, ["-m", "tpllm", *argv], timeout=60, check=False,
-                  env={"TEST_FAIL": f"{kind}:{rank}:{when}", "TPLLM_HEARTBEAT": "4", "TEST_MARK": mark})
+    env = {"TEST_FAIL": f"{kind}:{rank}:{when}", "TPLLM_HEARTBEAT": "4", "TEST_MARK": mark}
+    if starter == "launch":
+        done = tpllm(["launch", "--timeout", "60", "-n", "2", *argv], env)
+        assert done.returncode == (21 if kind == "SIGSTOP" else 20), done.stderr
+        assert re.search(rf"tpllm: rank {rank} of 2 on \S+ failed in (load|generate|build): ", done.stderr), done.stderr
+    else:
+        done = mpirun(2, ["-m", "tpllm", *argv], timeout=60, check=False, env=env)
     # The bound is on the time from the failure; starting and loading take some seconds before it.
     assert time.monotonic() - started < 25, done.stderr
     assert done.returncode not in (0, 124), done.stderr
@@ -95,6 +105,14 @@ def test_any_failure_of_any_rank_ends_the_job(work: Path, tmp_path: Path, kind: 
         assert re.search(rf"rank {rank}\b", done.stderr), done.stderr
     assert processes_with(mark) == []
     assert not (tmp_path / "e").exists()
+
+
+def test_out_of_memory_says_so(work: Path) -> None:
+    """A rank is killed, and the kernel's counter of such kills has risen."""
+    env = {"TEST_FAIL": "SIGKILL:1:3", "TEST_OUT_OF_MEMORY": "1"}
+    done = tpllm(["launch", "--timeout", "60", "-n", "2", *run_argv(work)], env)
+    assert done.returncode == 22, done.stderr
+    assert re.search(r"tpllm: rank 1 of 2 on \S+ failed in \w+: it was killed for lack of memory", done.stderr)
 
 
 def processes_with(mark: str) -> list[str]:
@@ -125,7 +143,8 @@ def test_a_run_leaves_a_log_a_rank_and_a_record(work: Path, tmp_path: Path) -> N
         text = (good / f"rank-00{rank}.log").read_text(encoding="utf-8")
         assert f"rank {rank} of 2 on " in text and "generate" in text and text.endswith("ends with 0\n")
     record = json.loads((good / "record.json").read_text(encoding="utf-8"))
-    assert record["ranks"] == 2 and record["exit_code"] == 0 and "--engine-dir" in record["command"]
+    assert [place["rank"] for place in record["ranks"]] == [0, 1]
+    assert record["exit_code"] == 0 and "--engine-dir" in record["command"]
     assert "RuntimeError: planted failure" in (bad / "rank-001.log").read_text(encoding="utf-8")
 
 
@@ -208,3 +227,14 @@ def test_demo_without_a_compiler_falls_back_to_eager() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on with --backend eager" in done.stdout
     assert re.search(r"demo: (\d+) of \1 checkable answers are right", done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["finish", "abort"])
+def test_a_library_that_never_lets_go(kind: str) -> None:
+    """MPI's own end never returns on one rank: all end within the bound, after all of them were done."""
+    started = time.monotonic()
+    done = mpirun(2, [str(HERE / "ending_program.py"), kind], timeout=60, check=False)
+    assert time.monotonic() - started < 30 and done.returncode != 124
+    assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
+    if kind == "abort":
+        assert done.returncode == 12

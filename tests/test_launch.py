@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from makers import transformers_greedy, transformers_model
+from sentencepiece import SentencePieceProcessor
 
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
-from tpllm.launch import CONSOLE, DEFAULTS
+from tpllm.devices import Device
 from tpllm.launch.console import ConsoleLines, ConsoleServer
 from tpllm.launch.estimate import all_reduce_note, all_reduce_share, weight_bytes
 from tpllm.launch.launchers import Launcher, find_launcher
 from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
+from tpllm.launched import CONSOLE
+from tpllm.settings import DEFAULTS
 
 OPEN_MPI_4 = "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n"
 OPEN_MPI_5 = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
@@ -143,7 +147,7 @@ def test_a_site_has_the_last_word(install: Install, capsys: pytest.CaptureFixtur
     assert "keepalive" not in line and "plm_rsh_args" not in line
     monkeypatch.setenv("TPLLM_KEEPALIVE_SECONDS", "soon")
     _, errors = refused(capsys, "-n", "2", "--host", "h0,h1", *PROMPTS)
-    assert "TPLLM_KEEPALIVE_SECONDS='soon' is not a number; its default is 10" in errors
+    assert "TPLLM_KEEPALIVE_SECONDS='soon' is not a number from 0 on; its default is 10" in errors
 
 
 def test_hydra(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,10 +317,26 @@ def test_the_share_of_all_reduces() -> None:
 def test_the_share_is_said_with_what_it_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPLLM_ALLREDUCE_US", "20")
     monkeypatch.setenv("TPLLM_MEMORY_GB_S", "")
-    assert all_reduce_note(LLAMA_2_7B, 4, 2, True) == (
+    assert all_reduce_note(LLAMA_2_7B, 4, "2 hosts", True) == (
         "2 hosts: the 64 all-reduces of a token at batch 1 will take about 54% of its time, assuming 20 us for one and "
         "3000 GB/s of memory a rank (TPLLM_ALLREDUCE_US, TPLLM_MEMORY_GB_S)")
-    assert all_reduce_note({}, 4, 2, True) == "2 hosts: every layer's two all-reduces cross the network"
+    assert all_reduce_note({}, 4, "2 hosts", True) == "2 hosts: every layer's two all-reduces are slow"
+
+
+@pytest.mark.parametrize(("device", "peers", "said"), [
+    ("cuda", [(1,), (0,)], False), ("cuda", [(1,), ()], True), ("cpu", [(1,), ()], False)])  # fmt: skip
+def test_gpus_without_peer_access_are_told_beforehand(install: Install, tmp_path: Path, device: str, said: bool,
+                                                      peers: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """The third GPU is not used."""
+    gpus = [Device(i, "Fake GPU", f"GPU-{i}", 80 << 30, reached) for i, reached in enumerate([*peers, ()])]
+    monkeypatch.setattr("tpllm.cli.launch.driver_inventory", lambda: gpus)
+    monkeypatch.setattr("tpllm.cli.launch.start", lambda *_: 0)
+    install("mpirun", OPEN_MPI_5)
+    engine = config(tmp_path / "engine", 2, True, device=device)
+    assert main(["launch", "run", "--engine-dir", engine, "--input-text", "a"]) == 0
+    errors = capsys.readouterr().err
+    assert ("launch: GPU 1 does not reach all others' memory: the 64 all-reduces of a token" in errors) == said
 
 
 def test_this_host() -> None:
@@ -548,6 +568,25 @@ def test_lines_of_a_pipe_are_answered(engine: Path) -> None:
     answers = done.stdout.splitlines()
     assert answers[0] == " Tuesday." and answers[-1] == " 55." and len(answers) == 3
     assert answers[1].startswith("tpllm: prompt 0 has ")
+
+
+def test_lines_of_a_pipe_are_one_chat(engine: Path) -> None:
+    """Until /new; the answers are those of transformers to Llama 2's template, at two ranks as at one."""
+    first, second = "The day after Monday is", "Count from three to seven:"
+    library = SentencePieceProcessor(model_file=str(MODEL_DIR / "tokenizer.model"))
+    model, bos, eos = transformers_model(MODEL_DIR), library.bos_id(), library.eos_id()
+
+    def answer(ids: list[int]) -> str:
+        new = transformers_greedy(model, ids, 8, eos_ids=(eos,))
+        assert eos not in new[:-1]
+        return str(library.decode(ids + new)).removeprefix(str(library.decode(ids)))
+
+    one, two = ([bos, *library.encode(f"[INST] {text} [/INST]")] for text in (first, second))
+    before = [bos, *library.encode(f"[INST] {first} [/INST] {answer(one).strip()} "), eos]
+    done = launched("run", "--engine-dir", str(engine), "--max-output-len", "8", "--chat",
+                    stdin=f"{first}\n{second}\n/new\n{second}\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "".join(text + "\n" for text in (answer(one), answer(before + two), answer(two)))
 
 
 def test_without_prompts_and_without_a_line(engine: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tpllm.beam import BeamSearch
-from tpllm.sampling import RowState, SamplingParams, row_state, token_logprobs
+from tpllm.errors import RankError
+from tpllm.sampling import RowState, SamplingParams, bad_word_ids, token_logprobs
 from tpllm.scheduler import Scheduler, Sequence
 from tpllm.tokenizer import Detokenizer, Tokenizer
 
@@ -133,7 +134,8 @@ class Branch(Sequence):
         super().__init__(list(job.ids) if number == 0 else [], len(job.ids) + job.params.max_output_len,
                          every_row=number == 0 and job.params.prompt_logprobs is not None)
         self.answer, self.number = answer, number
-        self.row: RowState = row_state(job.params, self.tokens, len(job.ids), answer.end_ids, answer.bad_words, number)
+        self.row = RowState.start(job.params, self.tokens, answer.end_ids, answer.bad_words, number)
+        self.row.prompt_len = len(job.ids)  # which branches that are still to be forked do not have yet
 
 
 class Answer:
@@ -144,7 +146,7 @@ class Answer:
         ends = tokenizer.end_ids if tokenizer else frozenset()
         p = job.params
         self.end_ids = frozenset() if p.ignore_eos else ends if p.end_id is None else frozenset({p.end_id})
-        self.bad_words = bad_word_ids(p.bad_words, tokenizer)
+        self.bad_words = bad_word_ids(p.bad_words, tokenizer.encode) if tokenizer else ()
         self.branches = [Branch(self, number) for number in range(job.width)]
         self._tokenizer = tokenizer
         self._completions = [Completion(job, tokenizer, self.end_ids) for _ in range(p.num_return_sequences)]
@@ -186,10 +188,11 @@ class Answer:
             scheduler.finish(branch)
         return [self._event(branch.number, text)]
 
-    def search(self, logits: torch.Tensor, scheduler: Scheduler[Branch]) -> list[TokenEvent]:
-        """The beams' next step, from a row of logits for each live beam; events come when the search has ended."""
+    def search(self, logits: torch.Tensor, rows: dict[Branch, int], scheduler: Scheduler[Branch]) -> list[TokenEvent]:
+        """The beams' next step, from each live beam's row of `logits`; events come when the search has ended."""
         assert self._search
-        children = self._search.step(logits, [beam.tokens for beam in self._beams])
+        mine = logits[[rows[beam] for beam in self._beams]]
+        children = self._search.step(mine, [beam.tokens for beam in self._beams])
         if children:
             parents = [self._beams[parent] for parent, _ in children]
             places = stay_in_place(parents, self.branches)
@@ -200,18 +203,19 @@ class Answer:
             return []
         for branch in self.branches:
             scheduler.finish(branch)
+        found = self._search.best()
+        if not found:
+            raise RankError(f"prompt {self.job.index}: beam search found nothing, the logits are not numbers")
+        del self._completions[len(found):], self.output.outputs[len(found):]  # it may have run out of continuations
         events = []
-        for number, (completion, found) in enumerate(zip(self._completions, self._search.best(), strict=True)):
-            completion.output.score = found.score
-            for token in found.tokens:
-                text = completion.push(token)
-                events.append(self._event(number, text, last=False))
-        return [*events[:-1], self._event(events[-1].output, events[-1].text)]
+        for number, (completion, hypothesis) in enumerate(zip(self._completions, found, strict=True)):
+            completion.output.score = hypothesis.score
+            events += [self._event(number, completion.push(token)) for token in hypothesis.tokens]
+        return events
 
-    def _event(self, number: int, text: str | None, last: bool | None = None) -> TokenEvent:
+    def _event(self, number: int, text: str | None) -> TokenEvent:
         output = self._completions[number].output
-        if last is None:
-            last = all(c.output.finish_reason for c in self._completions)
+        last = all(c.output.finish_reason for c in self._completions)
         return TokenEvent(self.job.index, number, output.token_ids[-1], text, output.finish_reason, self.output, last)
 
 
@@ -224,10 +228,3 @@ def stay_in_place(parents: list[Branch], branches: list[Branch]) -> list[Branch]
         if parent in free:
             free.remove(parent)
     return [place or free.pop(0) for place in places]
-
-
-def bad_word_ids(words: AnySequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """The token sequences that spell a word, at the start of a text and after a space."""
-    if tokenizer is None:
-        return ()
-    return tuple({tuple(tokenizer.encode(space + word)[1:]) for word in words for space in ("", " ")} - {()})

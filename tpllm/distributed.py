@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import os
+import queue
 import signal
 import socket
 import sys
@@ -14,14 +16,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from tpllm.devices import Place
 from tpllm.errors import MismatchError, OutOfMemory, RankError, TpllmError
 from tpllm.heartbeat import Failure, Heartbeat
-from tpllm.launched import check_world, heartbeat_seconds, launched_by, oom_kills
+from tpllm.launched import check_world, launched_by, name_failure, oom_kills
 from tpllm.runlog import RankLog
+from tpllm.settings import seconds
 
 R = TypeVar("R")
 
 ABORT_SECONDS = 3.0  # for MPI to end the job in order; then this process ends by itself
+MESSAGE_SECONDS = 0.5  # for a failure's message to reach the console before its job is ended
+FINALIZE_SECONDS = 10.0  # for MPI to end in order once all ranks are done: MPICH 4.0 over two hosts may never do
 
 
 class SharedError(TpllmError):
@@ -44,10 +50,16 @@ class World:
         node = comm.Split_type(_mpi().COMM_TYPE_SHARED) if comm else None
         self.local_rank: int = node.rank if node else 0
         self.local_size: int = node.size if node else 1
+        self.places = self.allgather(Place(self.rank, self.host))
         self.log = RankLog(None, self.rank)
+        self.exit_code = 0  # with which this process ends if MPI's own end never returns
         self.draining = False  # set by SIGUSR1: finish what is begun, start nothing new
         self._heartbeat: Heartbeat | None = None
         self._oom_kills = oom_kills()
+        self._ends: queue.SimpleQueue[tuple[float, int]] = queue.SimpleQueue()
+        if self.size > 1:
+            # From the start on: at the end of the program no thread can be started any more.
+            threading.Thread(target=self._end_within, name="tpllm-end", daemon=True).start()
 
     @classmethod
     def start(cls) -> World:
@@ -66,6 +78,11 @@ class World:
         if self.is_first:
             print(text, flush=True)
 
+    def note(self, text: str) -> None:
+        """Print something beside the results, once for all ranks."""
+        if self.is_first and text:
+            print(text, file=sys.stderr, flush=True)
+
     def require_size(self, tp_size: int, what: str, verb: str) -> None:
         """Refuse a launch whose number of ranks is not the one `what` was made for."""
         if self.size != tp_size:
@@ -82,9 +99,10 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks without burning a core: the others may still be compiling on it."""
         if self.comm:
-            request = self.comm.Ibarrier()
+            request, pause = self.comm.Ibarrier(), 1e-4
             while not request.Test():
-                time.sleep(0.005)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.005)
 
     def enter(self, stage: str) -> None:
         """Name what this rank does from now on, for messages about it and its log."""
@@ -111,17 +129,41 @@ class World:
         """End every rank now, in `ABORT_SECONDS` at most even if MPI itself is stuck."""
         sys.stdout.flush()
         sys.stderr.flush()
-        bound = threading.Timer(ABORT_SECONDS, os._exit, [code])
-        bound.daemon = True
-        bound.start()
+        self._ends.put((ABORT_SECONDS, code))
         if self.comm and self.size > 1:
-            self.comm.Abort(code)
+            mpi_call("MPI_Abort", ctypes.c_void_p(_mpi()._handleof(self.comm)), code)
+        os._exit(code)
+
+    def finish(self) -> None:
+        """Leave MPI at the end of the program, in `FINALIZE_SECONDS` at most once all ranks have come here."""
+        if _mpi().Is_finalized():
+            return
+        self.barrier()  # under the watch of the heartbeat
+        if self._heartbeat:
+            self._heartbeat.leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._ends.put((FINALIZE_SECONDS, self.exit_code))
+        mpi_call("MPI_Finalize")
+
+    def _drain(self, *_: Any) -> None:
+        self.draining = True
+
+    def _leave_late(self, *_: Any) -> None:
+        """After SIGTERM: the heartbeat gets a moment to name the rank that died."""
+        time.sleep(MESSAGE_SECONDS)
+        os._exit(128 + signal.SIGTERM)
+
+    def _end_within(self) -> None:
+        """Wait until the end has begun, then end this process if it is still there after that many seconds."""
+        limit, code = self._ends.get()
+        time.sleep(limit)
         os._exit(code)
 
     def watch(self, timeout: float) -> None:
         """Begin to watch the other ranks; collective."""
         heartbeat = Heartbeat(self.rank, self.host, timeout, self._on_failure)
-        hosts = self.allgather(self.host)
+        hosts = [place.host for place in self.places]
         server, meeting = heartbeat.listen(len(set(hosts)) > 1) if self.is_first else (None, None)
         meeting = self.broadcast(meeting)
         assert meeting is not None
@@ -132,7 +174,6 @@ class World:
                   f"{meeting.port} of {', '.join(meeting.addresses)}; their deaths may go unnoticed", file=sys.stderr)
         if reached:
             self._heartbeat = heartbeat
-            atexit.register(heartbeat.leave)
             heartbeat.start()
 
     def _on_failure(self, failure: Failure, told: bool) -> None:
@@ -143,11 +184,10 @@ class World:
             code, why = OutOfMemory.exit_code, "was killed for lack of memory (the cgroup's oom_kill counter rose)"
         elif why == "died":
             why = "died without a word: killed, crashed, or its host is lost"
-        if told:
-            time.sleep(0.5)  # that rank is ending the job itself; its message must reach the console first
-        else:
-            print(f"tpllm: rank {failure.rank} of {self.size} on {failure.host} failed in {failure.stage}: it {why}",
-                  file=sys.stderr, flush=True)
+        if not told:
+            name_failure(f"tpllm: rank {failure.rank} of {self.size} on {failure.host} failed in {failure.stage}: it "
+                         f"{why}", code)
+        time.sleep(MESSAGE_SECONDS)  # aborting a job drops what is on its way to the console
         self.abort(code)
 
     def _die(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -158,8 +198,7 @@ class World:
         self.log.write("".join(traceback.format_exception(kind, error, trace)))
         if not isinstance(error, TpllmError):
             traceback.print_exception(kind, error, trace)
-        print(f"tpllm: rank {self.rank} of {self.size} on {self.host} failed in {stage}: {what}", file=sys.stderr,
-              flush=True)
+        name_failure(f"tpllm: rank {self.rank} of {self.size} on {self.host} failed in {stage}: {what}", code)
         if self._heartbeat:
             self._heartbeat.tell(failed=vars(Failure(self.rank, self.host, stage, what, code)))
         self.abort(code)
@@ -177,11 +216,14 @@ def _started() -> World:
         # Each process is alone in its world: the launcher's number alone can tell who speaks.
         raise SharedError(str(e) if launched.rank == 0 else "", e.exit_code) from None
     world = World(mpi.COMM_WORLD)
-    signal.signal(signal.SIGUSR1, lambda *_: setattr(world, "draining", True))
+    signal.signal(signal.SIGUSR1, world._drain)
+    # srun has no other word for the end of a job's time; an mpirun says it when it ends all because one rank died.
+    signal.signal(signal.SIGTERM, world._drain if launched.launcher == "srun" else world._leave_late)
     if world.size > 1:
         sys.excepthook = world._die
-        if seconds := heartbeat_seconds():
-            world.watch(seconds)
+        atexit.register(world.finish)
+        if timeout := seconds("TPLLM_HEARTBEAT"):
+            world.watch(timeout)
     return world
 
 
@@ -191,3 +233,6 @@ def _mpi() -> Any:
     return MPI
 
 
+def mpi_call(name: str, *arguments: Any) -> None:
+    """Call the library itself: mpi4py would keep the interpreter's lock, and no timer could end a call that hangs."""
+    getattr(ctypes.CDLL(_mpi().__file__), name)(*arguments)

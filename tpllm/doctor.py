@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpllm.devices import Device, choose, inventory
+from tpllm import devices
+from tpllm.devices import Device
 from tpllm.distributed import SharedError, World
+from tpllm.engine.base import EngineConfig
 from tpllm.errors import MismatchError, PreflightError, TimeOutError
 from tpllm.files import digest
 from tpllm.launched import memory_limit
@@ -31,6 +33,7 @@ class Patient:
     world: World
     directories: list[Path]
     devices: list[Device] = field(default_factory=list)
+    gpu: Device | None = None  # whose memory the weights need, in place of the host's
 
 
 # A check ends on all ranks alike: it must not raise on one of them between two collective calls.
@@ -77,29 +80,26 @@ def check_memory(patient: Patient) -> str:
     """Room for the shards of this host's ranks, within the cgroup's or Slurm's limit."""
     world = patient.world
     available, why = memory_limit()
+    holder = world.host
+    if patient.gpu:
+        available, why, holder = patient.gpu.memory, patient.gpu.name, patient.gpu.uuid
     mine = sum(path.stat().st_size for directory in patient.directories
                for path in [directory / f"rank{world.rank}.safetensors"] if path.is_file())
-    rows = world.allgather((world.host, mine))
-    needed = sum(size for host, size in rows if host == world.host)
+    needed = sum(size for place, size in world.allgather((holder, mine)) if place == holder)
     if needed > available:
-        raise PreflightError(f"{world.host} has {available / 2**30:.1f} GiB ({why}), its ranks' weights take "
-                             f"{needed / 2**30:.1f} GiB: use more hosts, or ask Slurm for more (--mem)")
+        raise PreflightError(f"{world.host} has {available / 2**30:.1f} GiB ({why}), the weights there take "
+                             f"{needed / 2**30:.1f} GiB: use more hosts or ranks, or ask Slurm for more (--mem)")
     return f"{available / 2**30:.1f} GiB available ({why}), weights {needed / 2**30:.2f} GiB"
 
 
 def check_devices(patient: Patient) -> str:
     """One GPU a rank, and no GPU twice."""
     world = patient.world
-    patient.devices = world.together("devices", inventory)
-    device = world.together("devices", lambda: choose(patient.devices, world.local_rank, world.local_size))
-    taken = world.allgather((world.host, device.uuid if device else None))
-    if device is None:
+    patient.devices = world.together("devices", devices.inventory)
+    if not any(world.allgather(bool(patient.devices))):
         return "no GPU is visible: engines run on CPU"
-    others = [rank for rank, place in enumerate(taken) if place == (world.host, device.uuid) and rank != world.rank]
-    if others:
-        raise PreflightError(f"ranks {world.rank} and {others[0]} both have {device.uuid} on {world.host}: start as "
-                             "many ranks as GPUs, and let each see all of its host's (--gpus-per-node)")
-    return f"{device.name}, {device.memory / 2**30:.0f} GiB, {device.uuid}"
+    table = devices.assign(world).replace("\n", "\n    ")
+    return f"{patient.devices[0].name}, {patient.devices[0].memory / 2**30:.0f} GiB\n    {table}"
 
 
 def check_peers(patient: Patient) -> str:
@@ -107,7 +107,7 @@ def check_peers(patient: Patient) -> str:
     if not patient.devices:
         return "no GPUs"
     if len(patient.devices) == 1 and patient.world.local_size > 1:
-        return "each rank sees one GPU only: no peer access; use --gpus-per-node in place of --gpus-per-task"
+        return devices.ONE_VISIBLE
     pairs = [(d.index, other) for d in patient.devices for other in d.peers]
     return f"{len(pairs)} of {len(patient.devices) * (len(patient.devices) - 1)} directed pairs"
 
@@ -154,6 +154,27 @@ STAGES: tuple[tuple[str, float, Check], ...] = (
     ("memory", 30, check_memory), ("devices", 60, check_devices), ("peer access", 30, check_peers),
     ("all-reduce", 120, check_all_reduce), ("clocks", 30, check_clocks),
 )
+
+
+def preflight(world: World, engine_dir: Path | None, checkpoint_dir: Path | None) -> None:
+    """What every run can afford to check, without a word when all is well; collective.
+
+    Directories that rank 0 does not see are left to the verb, which may be about to make them.
+    """
+    given = [path for path in (engine_dir, checkpoint_dir) if path is not None]
+    patient = Patient(world, world.broadcast([path for path in given if (path / "config.json").is_file()]))
+    for name, check in (("versions", check_versions), ("files", check_files)):
+        world.together(name, functools.partial(check, patient))
+    if engine_dir is None or engine_dir not in patient.directories:
+        return
+    config = world.together("load", lambda: EngineConfig.load(engine_dir))
+    if config.tp_size == world.size:  # else the verb refuses it
+        if config.build.device == "cuda":
+            world.note(world.together("devices", lambda: devices.assign(world)))
+            patient.gpu = devices.choose(devices.inventory(), world.local_rank)
+        weights = checkpoint_dir or config.checkpoint_dir  # none where they are random
+        patient.directories = [Path(weights)] if weights else []
+        world.together("memory", functools.partial(check_memory, patient))
 
 
 def examine(patient: Patient, as_json: bool) -> int:

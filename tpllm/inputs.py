@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tpllm.chat import Message
 from tpllm.errors import DataError, TpllmError, UsageError
 from tpllm.sampling import SamplingParams
 from tpllm.tokenizer import Tokenizer
@@ -16,7 +17,6 @@ OPENAI_URLS = ("/v1/chat/completions", "/v1/completions")
 OPENAI_NAMES = {"max_tokens": "max_output_len", "max_completion_tokens": "max_output_len", "stop": "stop_words",
                 "n": "num_return_sequences"}
 OPENAI_IGNORED = ("model", "user", "metadata")
-Message = dict[str, str]  # "role" and "content"
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Request:
         """The same with messages as the prompt that the tokenizer's chat template makes of them."""
         if self.messages is None:
             return self
-        chat, place = getattr(tokenizer, "chat", None), f"{self.place}: " if self.place else ""
-        if chat is None:
-            raise DataError(f"{place}the tokenizer has no chat template")
+        place = f"{self.place}: " if self.place else ""
+        if tokenizer is None:
+            raise UsageError(f"{place}a chat needs a tokenizer: give --tokenizer-dir DIR")
         try:
-            return replace(self, prompt=chat(self.messages), messages=None)
+            return replace(self, prompt=tokenizer.chat(self.messages), messages=None)
         except TpllmError as e:
             raise DataError(f"{place}{e}") from None
 

@@ -1,8 +1,9 @@
-"""What the launcher says of this process, and whether MPI agrees; needs no MPI itself."""
+"""What the launcher says of this process, whether MPI agrees, and what ranks tell launch; needs no MPI itself."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,28 @@ from tpllm.errors import PreflightError
 
 # Variables that site profiles set: not the ones of a task, but of the batch script around it.
 NOT_A_STEP = ("4294967291", "4294967290", "batch", "extern")
+
+# Set by launch for the ranks.
+FINISHED_FILE = "TPLLM_FINISHED_FILE"  # where rank 0 writes its verb's exit code when that has ended in order
+FAILURE = ".failure"  # a suffix of the same: the exit code and the sentence of the first failure
+CONSOLE = "TPLLM_CONSOLE"  # where rank 0 gets the lines that a user types
+
+
+def leave_mark(code: int) -> None:
+    """Rank 0 tells launch how its verb ended: launchers lose exit codes, and some end with 0 after ranks were lost."""
+    if path := os.environ.get(FINISHED_FILE):
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
+
+
+def name_failure(text: str, code: int) -> None:
+    """Print it; by way of launch where that is, as Open MPI drops what other ranks print while it ends a job."""
+    try:
+        with open(os.environ[FINISHED_FILE] + FAILURE, "x", encoding="utf-8") as file:
+            file.write(f"{code}\n{text}\n")
+    except FileExistsError:  # by the first of the others to notice
+        pass
+    except (KeyError, OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -96,21 +119,13 @@ def memory_limit() -> tuple[int, str]:
     for limit in cgroup_files("memory.max", "memory.limit_in_bytes"):
         used = limit.with_name("memory.current" if limit.name == "memory.max" else "memory.usage_in_bytes")
         try:
-            bounds.append((int(limit.read_text()) - int(used.read_text()), f"the limit of cgroup {limit.parent}"))
+            stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+            # Files that were read or written count as used, but give way: a checkpoint just converted, for example.
+            files = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("active_file", "inactive_file"))
+            free = int(limit.read_text()) - int(used.read_text()) + files
+            bounds.append((free, f"the limit of cgroup {limit.parent}"))
         except (OSError, ValueError):  # "max"
             continue
     if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
         bounds.append((int(os.environ["SLURM_MEM_PER_NODE"]) << 20, "SLURM_MEM_PER_NODE"))
     return min(bounds)
-
-
-def heartbeat_seconds() -> float:
-    """`TPLLM_HEARTBEAT`, by default 30; 0 turns the watch off."""
-    text = os.environ.get("TPLLM_HEARTBEAT", "30")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0.0 <= seconds < float("inf"):
-        raise PreflightError(f"TPLLM_HEARTBEAT (--heartbeat) is {text!r}; it must be seconds, 0 or more")
-    return seconds

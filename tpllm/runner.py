@@ -94,7 +94,9 @@ class ModelRunner:
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
         """A request that this engine has room for; raises a `TpllmError` that says why it has none. Rank 0 only."""
-        ids = self._encode(prompt, index)
+        ids, vocab = self._encode(prompt, index), self.engine.config.model.vocab_size
+        if beyond := [i for i in params.allowed_token_ids if i >= vocab]:
+            raise DataError(f"prompt {index} allows token id {beyond[0]}; the vocabulary is 0 to {vocab - 1}")
         job = Job(index, prompt if isinstance(prompt, str) else None, ids, params)
         check_room(job, self.engine.config)
         return job
@@ -140,7 +142,7 @@ class ModelRunner:
                 raise UsageError("this model has no tokenizer: give --tokenizer-dir DIR, or token ids (.csv, .npy)")
             try:
                 return self.tokenizer.encode(prompt)
-            except (UnicodeError, RuntimeError, TypeError) as e:
+            except (ValueError, RuntimeError, TypeError) as e:  # whatever a tokenizer's library raises
                 raise DataError(f"prompt {index} is not text that can be encoded: {e}") from None
         ids = [int(i) for i in prompt]
         if not ids:
@@ -155,13 +157,13 @@ def advance(logits: torch.Tensor, parts: list[tuple[Branch, slice]], scheduler: 
     """Give a step's logits `[R, vocab]` to the sequences they are for; each complete one gets its next token."""
     rows: list[int] = []
     drawing: list[Branch] = []
-    beams: dict[Answer, list[int]] = {}
+    beams: dict[Answer, dict[Branch, int]] = {}
     for branch, place in parts:
         branch.answer.score_prompt(branch, logits[place])
         if branch.pending:
             continue
         if branch.answer.searches:
-            beams.setdefault(branch.answer, []).append(place.stop - 1)
+            beams.setdefault(branch.answer, {})[branch] = place.stop - 1
             continue
         drawers = branch.answer.drawers(branch, scheduler)
         drawing += drawers
@@ -172,8 +174,8 @@ def advance(logits: torch.Tensor, parts: list[tuple[Branch, slice]], scheduler: 
         logprobs = chosen_logprobs(mine, tokens, drawing)
         for branch, token, found in zip(drawing, tokens, logprobs, strict=True):
             yield from branch.answer.accept(branch, token, found, scheduler)
-    for answer, places in beams.items():
-        yield from answer.search(logits[places], scheduler)
+    for answer, of_beams in beams.items():
+        yield from answer.search(logits, of_beams, scheduler)
 
 
 def chosen_logprobs(logits: torch.Tensor, tokens: list[int], drawing: list[Branch]) -> list[Logprobs | None]:

@@ -9,7 +9,7 @@ import sys
 from tpllm import __version__
 from tpllm.errors import TpllmError
 
-VERBS = ("convert", "build", "run", "batch", "bench", "launch", "sbatch", "doctor", "demo")
+VERBS = ("convert", "build", "run", "batch", "eval", "bench", "launch", "sbatch", "doctor", "inspect", "verify", "demo")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default that is a value; options without one say in words what they mean when left out."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.const else super()._get_help_string(action)
+        return action.help if action.default in (None, ()) or action.const else super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:

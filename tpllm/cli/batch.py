@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpllm.cli.options import add_sampling_arguments, sampling_params
 from tpllm.cli.ranked import add_rank_arguments, with_world
-from tpllm.cli.run import add_sampling_arguments
-from tpllm.launch import seconds
+from tpllm.settings import seconds
 
 if TYPE_CHECKING:
     from tpllm.batch import BatchJob
@@ -81,11 +81,9 @@ def open_job(args: argparse.Namespace) -> BatchJob:
     """Check all that can be checked before the engine loads."""
     from tpllm.batch import BatchJob
     from tpllm.errors import UsageError
-    from tpllm.inputs import SAMPLING_FIELDS
-    from tpllm.sampling import SamplingParams
 
     drain = seconds("TPLLM_DRAIN_SECONDS") * 2 / 3 if args.drain_seconds is None else args.drain_seconds
     if not 0 <= drain < float("inf"):
         raise UsageError(f"--drain-seconds is {drain}; it starts at 0")
-    params = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS if hasattr(args, name)})
-    return BatchJob(args.input_file, args.output_file, params, args.shard, args.resume, args.overwrite, drain)
+    return BatchJob(args.input_file, args.output_file, sampling_params(args), args.shard, args.resume, args.overwrite,
+                    drain)

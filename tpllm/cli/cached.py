@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpllm import __version__
 from tpllm.cli import build, convert
 from tpllm.files import digest
+from tpllm.settings import setting
 
 if TYPE_CHECKING:
     from tpllm.distributed import World
 
 
-def cache_root() -> Path:
-    """`TPLLM_CACHE`, by default `~/.cache/tpllm`."""
-    return Path(os.environ.get("TPLLM_CACHE") or Path.home() / ".cache" / "tpllm")
-
-
 def cached_engine(args: argparse.Namespace, world: World) -> Path:
     """The engine for this source, this number of ranks and these options; made now if there is none yet."""
     options = [__version__, str(world.size), args.dtype, args.backend, str(args.model_file)]
-    source: Path = args.meta_ckpt_dir or args.checkpoint_dir
+    source: Path = args.meta_ckpt_dir or args.hf_model_dir or args.checkpoint_dir
     key = world.broadcast(source_key(source, options))
-    checkpoint, engine = args.checkpoint_dir, cache_root() / f"{key}-engine"
+    root = Path(setting("TPLLM_CACHE")).expanduser()
+    checkpoint, engine = args.checkpoint_dir, root / f"{key}-engine"
     model = ["--model-file", str(args.model_file)] if args.model_file else []
     if checkpoint is None:
-        checkpoint = cache_root() / f"{key}-checkpoint"
-        argv = ["--meta-ckpt-dir", str(source), "--output-dir", str(checkpoint), "--tp-size", str(world.size),
-                "--dtype", args.dtype, *model]
+        checkpoint = root / f"{key}-checkpoint"
+        argv = ["--meta-ckpt-dir" if args.meta_ckpt_dir else "--hf-model-dir", str(source), "--output-dir",
+                str(checkpoint), "--tp-size", str(world.size), "--dtype", args.dtype, *model]
 
         def make_checkpoint() -> None:
             if world.is_first and not checkpoint.is_dir():

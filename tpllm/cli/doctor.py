@@ -21,4 +21,4 @@ def work(args: argparse.Namespace) -> int:
     from tpllm.doctor import Patient, examine
 
     directories = [path for path in (args.engine_dir, args.checkpoint_dir) if path is not None]
-    return with_world(args, lambda world: examine(Patient(world, directories), args.json))
+    return with_world(args, lambda world: examine(Patient(world, directories), args.json), checked=False)

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpllm.cli.interactive import wants_lines
+from tpllm.devices import driver_inventory
 from tpllm.errors import PreflightError, UsageError
-from tpllm.launch import FINISHED_FILE
 from tpllm.launch.estimate import all_reduce_note, read_model, tp_size
 from tpllm.launch.hostfile import Host, emit, parse_hosts, place, read_hostfile, slurm_hosts
 from tpllm.launch.launchers import Job, Launcher, find_launcher
 from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
 from tpllm.launch.watch import Watch, say
+from tpllm.launched import FINISHED_FILE
 
 HELP = "start a verb on its ranks: finds Open MPI, MPICH, Intel MPI or srun"
 RANKED = ("build", "run", "doctor", "batch", "eval", "bench")
@@ -53,9 +54,10 @@ def work(args: argparse.Namespace) -> int:
     if args.timeout is not None and not 0 < args.timeout < float("inf"):
         raise UsageError(f"--timeout {args.timeout:g}: give a number of seconds above 0")
     model, device = read_model(getattr(verb, "engine_dir", None), getattr(verb, "checkpoint_dir", None))
+    device = device if device != "auto" else getattr(verb, "device", device)
     interactive = args.ranked_verb == "run" and wants_lines(verb)
     streaming = interactive or getattr(verb, "streaming", False)
-    plan = make_plan(args, tp_size(model), on_gpu(getattr(verb, "device", device)), streaming)
+    plan = make_plan(args, tp_size(model), on_gpu(device), streaming)
     if args.dry_run:
         name = "tpllm-hostfile"
         command = plan.launcher.command(plan.job, name)
@@ -65,8 +67,8 @@ def work(args: argparse.Namespace) -> int:
         return 0
     for note in plan.notes:
         say(note)
-    if len(plan.names) > 1:
-        say(all_reduce_note(model, plan.job.ranks, len(plan.names), plan.on_gpu))
+    if why := slow_all_reduce(plan, device):
+        say(all_reduce_note(model, plan.job.ranks, why, plan.on_gpu))
     return start(plan, args.timeout, interactive)
 
 
@@ -125,6 +127,15 @@ def make_plan(args: argparse.Namespace, tp: int | None, gpu: bool, streaming: bo
 def fill(allocation: list[Host], ranks: int) -> list[Host]:
     """The nodes of an allocation that ranks will be on; all, where Slurm says too little of their slots."""
     return place(allocation, ranks) if ranks <= sum(host.slots for host in allocation) else allocation
+
+
+def slow_all_reduce(plan: Plan, device: str) -> str:
+    """Why all-reduces will take long, as far as it can be known here; empty when they will not."""
+    if len(plan.names) > 1:
+        return f"{len(plan.names)} hosts"
+    seen = driver_inventory()[:plan.job.ranks] if device == "cuda" and not plan.job.remote else []
+    alone = [gpu.index for gpu in seen if not {other.index for other in seen} <= {gpu.index, *gpu.peers}]
+    return f"GPU {alone[0]} does not reach all others' memory" if alone else ""
 
 
 def start(plan: Plan, timeout: float | None, interactive: bool) -> int:

@@ -11,21 +11,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tpllm.distributed import SharedError, World
+from tpllm.doctor import preflight
 from tpllm.errors import RankError, TpllmError
-from tpllm.launch import leave_mark
+from tpllm.launched import leave_mark
 from tpllm.runlog import RankLog, installed_versions, run_directory
+from tpllm.settings import DEFAULTS, setting
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every verb that runs on ranks."""
     parser.add_argument("--heartbeat", type=float, metavar="S",
-                        help="end the job when a rank is silent for S seconds, 0: never (default: TPLLM_HEARTBEAT, 30)")
-    parser.add_argument("--log-dir", type=Path, default=Path(os.environ.get("TPLLM_LOG_DIR", "logs")), metavar="DIR",
+                        help="end the job when a rank is silent for S seconds, 0: never "
+                             f"(default: TPLLM_HEARTBEAT, {DEFAULTS['TPLLM_HEARTBEAT']})")
+    parser.add_argument("--log-dir", type=Path, default=Path(setting("TPLLM_LOG_DIR")), metavar="DIR",
                         help="a log for each rank and a record of the run go into a new directory of it")
 
 
-def with_world(args: argparse.Namespace, work: Callable[[World], int]) -> int:
-    """Run `work` on every rank, with a log of each and a record of the whole; returns the exit code."""
+def with_world(args: argparse.Namespace, work: Callable[[World], int], checked: bool = True) -> int:
+    """Run `work` on every rank, with a log of each and a record of the whole; returns the exit code.
+
+    `checked`: what can be looked at quickly is, before.
+    """
+    def checked_work(world: World) -> int:
+        if checked:
+            preflight(world, getattr(args, "engine_dir", None), getattr(args, "checkpoint_dir", None))
+        return work(world)
+
     if args.heartbeat is not None:
         os.environ["TPLLM_HEARTBEAT"] = str(args.heartbeat)
     world, started = World.start(), time.time()
@@ -33,14 +44,16 @@ def with_world(args: argparse.Namespace, work: Callable[[World], int]) -> int:
     world.log.write(f"rank {world.rank} of {world.size} on {world.host}, process {os.getpid()}: {shlex.join(sys.argv)}")
     code = RankError.exit_code
     try:
-        code = end_in_order(world, work)
+        code = end_in_order(world, checked_work)
     except TpllmError as e:
         code = e.exit_code
         raise
     finally:
+        world.exit_code = code
         world.log.write(f"ends with {code}")
         if world.is_first:
-            world.log.record(verb=args.verb, command=shlex.join(sys.argv), ranks=world.size, exit_code=code,
+            world.log.record(verb=args.verb, command=shlex.join(sys.argv), exit_code=code,
+                             ranks=[vars(place) for place in world.places],
                              date=time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
                              seconds=round(time.time() - started, 3), versions=installed_versions())
     return code

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 
 from tpllm.cli import interactive
 from tpllm.cli.cached import cached_engine
+from tpllm.cli.options import add_sampling_arguments, sampling_params
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.engine.base import BuildConfig
-from tpllm.launch import CONSOLE
-from tpllm.sampling import SamplingParams
+from tpllm.launched import CONSOLE
 
 if TYPE_CHECKING:
     from tpllm.answer import GenerationOutput
     from tpllm.distributed import World
     from tpllm.inputs import Request
     from tpllm.runner import ModelRunner
+    from tpllm.sampling import SamplingParams
 
 HELP = "prompts -> text (mpirun -n TP tpllm run ...)"
 
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with --engine-dir: its weights, if they were moved; without: build into a cache and run")
     parser.add_argument("--meta-ckpt-dir", type=Path, metavar="DIR",
                         help="Meta's weights in place of an engine: convert and build into a cache and run")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of --meta-ckpt-dir's engine")
+    parser.add_argument("--hf-model-dir", "--model-dir", type=Path, metavar="DIR",
+                        help="Hugging Face's weights, likewise")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of an engine made from weights")
     parser.add_argument("--backend", choices=tuple(BACKENDS), default=BuildConfig().backend,
                         help="of an engine built into the cache")
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="a model of your own, for the same")
@@ -45,20 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=".txt one prompt a line, .jsonl, .csv or .npy of token ids")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write prompts, tokens and text here")
     parser.add_argument("--streaming", action="store_true", help="print text as it is generated")
+    parser.add_argument("--chat", action="store_true",
+                        help="put each text into the model's chat template; typed lines are one conversation")
     add_sampling_arguments(parser)
     add_rank_arguments(parser)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that are fields of `SamplingParams`, with its defaults."""
-    default = SamplingParams()
-    parser.add_argument("--max-output-len", type=int, default=default.max_output_len, help="tokens to generate")
-    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=default.top_k, help="0 is off")
-    parser.add_argument("--top-p", type=float, default=default.top_p, help="1 is off")
-    parser.add_argument("--seed", "--random-seed", type=int, default=default.seed, help="of each prompt's draws")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
-    parser.add_argument("--end-id", type=int, metavar="ID", help="end token (default: the tokenizer's)")
 
 
 def work(args: argparse.Namespace) -> int:
@@ -69,7 +62,6 @@ def run(args: argparse.Namespace, world: World) -> int:
     """The verb, on every rank."""
     from tpllm.distributed import SharedError
     from tpllm.errors import InterruptedRun
-    from tpllm.inputs import Request
     from tpllm.runner import ModelRunner
 
     requests, params = world.together("input", lambda: read_input(args) if world.is_first else ([], []))
@@ -78,18 +70,20 @@ def run(args: argparse.Namespace, world: World) -> int:
     runner = ModelRunner.from_dir(engine_dir, args.tokenizer_dir, args.checkpoint_dir, world)
     loaded = time.perf_counter()
     if interactive.wants_lines(args):
-        interactive.converse(world, lambda line: stream(runner, [Request(0, line, {})], params))
+        interactive.converse(world, lambda prompt: stream(runner, [prompt], params, []),
+                             interactive.Conversation(runner) if args.chat else None)
         return 0
-    requests = world.together("input", lambda: [request.templated(runner.tokenizer) for request in requests])
-    prompts = [request.prompt for request in requests]
+    chats = world.together("chat", lambda: [request.templated(runner.tokenizer) for request in requests])
+    prompts = [request.prompt for request in chats]
+    said = [request.prompt or prompt for request, prompt in zip(requests, prompts, strict=True)]
     if args.streaming:
-        outputs = stream(runner, requests, params)
+        outputs = stream(runner, prompts, params, said)
     else:
         outputs = runner.generate(prompts, params)
     seconds = time.perf_counter() - loaded
     if world.is_first:
-        for output, request in zip(outputs, requests, strict=True):
-            output.id = request.id
+        for output, request, text in zip(outputs, requests, said, strict=True):
+            output.id, output.prompt = request.id, text if isinstance(text, str) else None  # not as templated
         report(outputs, args)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         print(f"run: {len(outputs)} prompt(s), {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s) on "
@@ -102,21 +96,26 @@ def run(args: argparse.Namespace, world: World) -> int:
 def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingParams]]:
     """The prompts and each one's sampling: the command line's, with what its own line sets."""
     from tpllm.errors import DataError, UsageError
-    from tpllm.inputs import SAMPLING_FIELDS, Request, read_requests
+    from tpllm.inputs import Request, read_requests
 
-    if args.meta_ckpt_dir and (args.engine_dir or args.checkpoint_dir):
-        raise UsageError("--meta-ckpt-dir goes without --engine-dir and --checkpoint-dir")
-    if not (args.meta_ckpt_dir or args.engine_dir or args.checkpoint_dir):
-        raise UsageError("give --engine-dir DIR, or weights in its place: --meta-ckpt-dir or --checkpoint-dir DIR")
+    weights = [args.meta_ckpt_dir, args.hf_model_dir, args.engine_dir or args.checkpoint_dir]
+    if sum(directory is not None for directory in weights) > 1:
+        raise UsageError("--meta-ckpt-dir and --hf-model-dir go without each other, --engine-dir and --checkpoint-dir")
+    if not any(weights):
+        raise UsageError("give --engine-dir DIR, or weights in its place: --meta-ckpt-dir, --hf-model-dir or "
+                         "--checkpoint-dir DIR")
     if interactive.wants_lines(args) and CONSOLE not in os.environ:
         raise UsageError("give --input-text TEXT or --input-file FILE; for a prompt to type at: tpllm launch run …")
     if interactive.wants_lines(args) and args.output_json:
         raise UsageError("--output-json needs --input-text or --input-file")
-    common = SamplingParams(**{name: getattr(args, name) for name in SAMPLING_FIELDS if hasattr(args, name)})
+    common = sampling_params(args)
     if args.input_file:
         requests = read_requests(args.input_file)
     else:
         requests = [Request(i, text, {}) for i, text in enumerate(args.input_text or [""])]
+    if args.chat:
+        requests = [replace(r, messages=[{"role": "user", "content": r.prompt}])
+                    if isinstance(r.prompt, str) and r.messages is None else r for r in requests]
     params = []
     for request in requests:
         try:
@@ -126,15 +125,16 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
     return requests, params
 
 
-def stream(runner: ModelRunner, requests: list[Request], params: list[SamplingParams]) -> list[GenerationOutput]:
+def stream(runner: ModelRunner, prompts: list[str | list[int]], params: list[SamplingParams],
+           said: list[str | list[int]]) -> list[GenerationOutput]:
     """Generate, printing a single prompt's text as it comes; of several, each answer when it ends."""
-    results = runner.collector([request.prompt for request in requests], params)
+    results = runner.collector(prompts, params)
     for event in results:
-        if len(requests) == 1:
+        if len(prompts) == 1:
             piece = event.text if event.text is not None else f"{event.token_id} "
             print(piece, end="\n" if event.finish_reason else "", flush=True)
         elif event.finish_reason:
-            print_answer(event.index, results.outputs[event.index])
+            print_answer(event.index, said[event.index], event.answer)
     return results.outputs
 
 
@@ -144,15 +144,13 @@ def report(outputs: list[GenerationOutput], args: argparse.Namespace) -> None:
 
     if not args.streaming:
         for i, output in enumerate(outputs):
-            print_answer(i, output)
+            print_answer(i, output.prompt_token_ids if output.prompt is None else output.prompt, output)
     if args.output_json:
-        partial = args.output_json.with_name(args.output_json.name + ".partial")
-        write_json(partial, [output.to_json() for output in outputs])
-        partial.replace(args.output_json)
+        write_json(args.output_json, [output.to_json() for output in outputs])
 
 
-def print_answer(number: int, output: GenerationOutput) -> None:
+def print_answer(number: int, prompt: str | list[int], output: GenerationOutput) -> None:
     """In TensorRT-LLM's words; token ids where there is no text."""
     answer = output.outputs[0]
-    print(f'Input [Text {number}]: "{output.prompt if output.prompt is not None else output.prompt_token_ids}"')
+    print(f'Input [Text {number}]: "{prompt}"')
     print(f'Output [Text {number}]: "{answer.text if answer.text is not None else answer.token_ids}"', flush=True)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from tpllm.errors import PreflightError
-from tpllm.launch import CONSOLE
+from tpllm.launched import CONSOLE
 
 WAIT = 30.0  # seconds for either side to answer the other
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tpllm.launch import seconds, setting
+from tpllm.settings import seconds, setting
 
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "W8A16": 1.0, "W4A16": 0.5, "W4A16_AWQ": 0.5}
 
@@ -58,14 +58,14 @@ def all_reduce_share(model: dict[str, Any], ranks: int, latency: float, bandwidt
     return reducing / (reducing + weight_bytes(model, ranks) / bandwidth)
 
 
-def all_reduce_note(model: dict[str, Any], ranks: int, hosts: int, on_gpu: bool) -> str:
-    """The line that is printed before ranks start on several hosts."""
+def all_reduce_note(model: dict[str, Any], ranks: int, why: str, on_gpu: bool) -> str:
+    """The line that is printed before ranks start on several hosts or without peer access, which `why` says."""
     latency = seconds("TPLLM_ALLREDUCE_US")
     bandwidth = seconds("TPLLM_MEMORY_GB_S") if setting("TPLLM_MEMORY_GB_S") else 3000.0 if on_gpu else 20.0
     try:
         share = all_reduce_share(model, ranks, latency * 1e-6, bandwidth * 1e9)
     except (KeyError, TypeError, ZeroDivisionError):
-        return f"{hosts} hosts: every layer's two all-reduces cross the network"
-    return (f"{hosts} hosts: the {2 * model['num_hidden_layers']} all-reduces of a token at batch 1 will take about "
+        return f"{why}: every layer's two all-reduces are slow"
+    return (f"{why}: the {2 * model['num_hidden_layers']} all-reduces of a token at batch 1 will take about "
             f"{share:.0%} of its time, assuming {latency:g} us for one and {bandwidth:g} GB/s of memory a rank "
             "(TPLLM_ALLREDUCE_US, TPLLM_MEMORY_GB_S)")

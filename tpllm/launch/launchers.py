@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpllm.errors import PreflightError
-from tpllm.launch import seconds, setting
 from tpllm.launch.hostfile import Host
+from tpllm.settings import seconds, setting
 
 # What ranks on other hosts need of this environment. Not CUDA_VISIBLE_DEVICES: it may differ from host to host.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "CC", "CXX")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm.errors import PreflightError, UsageError
-from tpllm.launch import setting
+from tpllm.settings import setting
 
 MAX_REQUEUES = 10  # a job that is interrupted more often than this makes no progress
 SIGNAL = re.compile(r"(?:[BR]{1,2}:)?([A-Z][A-Z0-9]*|[0-9]+)(?:@[0-9]+)?")

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tpllm.launch import FINISHED_FILE, seconds
+from tpllm.launched import FAILURE, FINISHED_FILE
+from tpllm.settings import seconds
 
 CLASSES = frozenset((2, 10, 11, 12, 20, 21, 22, 75))  # exit codes of tpllm's own, see README
 KILL_AFTER = 5.0  # seconds from a SIGTERM to the SIGKILL
@@ -50,7 +51,12 @@ class Watch:
                 except subprocess.TimeoutExpired:
                     self._look(time.monotonic(), ends_at)
             self._sweep()
-        return self._meaning(code)
+        failed = None
+        with contextlib.suppress(OSError, ValueError):
+            first, text = Path(f"{self._mark}{FAILURE}").read_text(encoding="utf-8").split("\n", 1)
+            failed = int(first)
+            print(text, end="", file=sys.stderr, flush=True)
+        return self._meaning(code, failed)
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
@@ -122,7 +128,8 @@ class Watch:
             time.sleep(0.1)
         return None
 
-    def _meaning(self, code: int) -> int:
+    def _meaning(self, code: int, failed: int | None) -> int:
+        """Launch's exit code, from the launcher's and that of the first failure a rank has named."""
         name = Path(self._argv[0]).name
         if self._reason == "timeout":
             say(f"stopped: not done within --timeout {self._timeout:g} s")
@@ -132,6 +139,8 @@ class Watch:
             return 130
         # The mark counts for more than the launcher's code: srun's is that of the rank it ended last.
         marked = self._marked(patience=20 if code == 0 else 3)
+        if failed is not None and marked is None:
+            return failed
         if code == 0 and marked is None:
             say(f"{name} ended with exit code 0, but rank 0 did not get to its end: a host or a rank was lost")
             return 143 if self._reason else 20
