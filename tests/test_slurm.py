@@ -159,10 +159,11 @@ def test_scancel_ends_all_ranks(slurm: Slurm, demo: DemoEngine, tmp_path: Path, 
 
 
 @pytest.mark.full
-def test_sigusr1_drains(slurm: Slurm, demo: DemoEngine, tmp_path: Path) -> None:
-    """As `sbatch --signal=USR1@60` sends it before the time is over: all ranks leave in order, with the code for it."""
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_signal_drains(slurm: Slurm, demo: DemoEngine, tmp_path: Path, signal: str) -> None:
+    """As `sbatch --signal=USR1@60` sends it before the time is over, or Slurm then: all leave in order, with 75."""
     job = start_long_job(slurm, demo, tmp_path, SRUN)
-    slurm.run(["scancel", "--signal=USR1", job])
+    slurm.run(["scancel", f"--signal={signal}", job])
     [ended] = slurm.wait(job, 30)
     assert ended.code == 75, ended.output[-2000:]
     assert "interrupted by SIGUSR1" in ended.output
