@@ -313,38 +313,46 @@ def test_a_wrong_shard_is_refused(bad: str) -> None:
     assert caught.value.code == 2
 
 
-def test_drained_within_its_time(one: Callable[..., int], prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the signal at most a batch is running: all of it is answered, or nothing with no time for it."""
-    given, expected = prompts
+SignalWhen = Callable[[Callable[[BatchJob, TokenEvent], bool], int], None]
+
+
+@pytest.fixture
+def signal_when(monkeypatch: pytest.MonkeyPatch) -> SignalWhen:
+    """Has jobs get a signal after the tokens that a condition holds for; the one before is forgotten."""
     take = BatchJob.take
 
-    def signalled(job: BatchJob, event: TokenEvent) -> None:
-        take(job, event)
-        if job.counts["answered"] == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def arm(condition: Callable[[BatchJob, TokenEvent], bool], number: int) -> None:
+        def taking(job: BatchJob, event: TokenEvent) -> None:
+            take(job, event)
+            if condition(job, event):
+                os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(BatchJob, "take", signalled)
+        monkeypatch.setattr(World.start(), "draining", False)
+        monkeypatch.setattr(BatchJob, "take", taking)
+
+    return arm
+
+
+def test_drained_within_its_time(one: Callable[..., int], prompts: Prompts, signal_when: SignalWhen) -> None:
+    """At the signal at most a batch is running: all of it is answered, or nothing with no time for it."""
+    given, expected = prompts
+    signal_when(lambda job, event: job.counts["answered"] == 4, signal.SIGUSR1)
     assert one(given) == 75
     assert 4 < len(tokens(read(Path("out.jsonl")))) <= 4 + MAX_BATCH
-    monkeypatch.setattr(World.start(), "draining", False)
+    signal_when(lambda job, event: job.counts["answered"] == 4, signal.SIGUSR1)
     assert one(given, "--overwrite", "--drain-seconds", "0") == 75
     assert len(tokens(read(Path("out.jsonl")))) in range(4, 4 + MAX_BATCH)
-    monkeypatch.setattr(World.start(), "draining", False)
-    monkeypatch.setattr(BatchJob, "take", take)
+    # No line is left to begin with, but the last answer is not whole.
+    signal_when(lambda job, event: event.index == len(expected) - 1, signal.SIGTERM)
+    assert one(given, "--resume", "--drain-seconds", "0") == 75
+    signal_when(lambda job, event: False, 0)
     assert one(given, "--resume") == 0
     assert tokens(read(Path("out.jsonl"))) == expected
 
 
 def test_a_signal_after_the_last_prompt_is_no_interruption(one: Callable[..., int], prompts: Prompts,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    take = BatchJob.take
-
-    def signalled(job: BatchJob, event: TokenEvent) -> None:
-        take(job, event)
-        if job.counts["answered"] == len(prompts[1]):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(BatchJob, "take", signalled)
+                                                          signal_when: SignalWhen) -> None:
+    signal_when(lambda job, event: job.counts["answered"] == len(prompts[1]), signal.SIGTERM)
     assert one(prompts[0]) == 0
 
 
@@ -496,6 +504,7 @@ def test_a_thousand_bad_lines(demo: Built, tmp_path: Path, capsys: pytest.Captur
     assert [error["line"] for error in found] == [
         n for n in range(1, 1032) if n - 1 not in good and n != 701]
     assert all(error["error"] and len(error["error"]) <= 500 for error in found)
+    assert [f"longer than {MAX_LINE} bytes" in error["error"] for error in found].count(True) == 1
     console = capsys.readouterr().err
     assert console.count("\n") == 12 and "Traceback" not in console, "the first ones, and the progress"
 
@@ -581,7 +590,7 @@ def test_chats_go_through_the_tokenizers_template(tmp_path: Path) -> None:
 def test_chats_of_run_too(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Here of a model that has no tokenizer."""
     given = write(tmp_path / "in.jsonl", [{"token_ids": [1]}, {"messages": [{"role": "user", "content": "Hi"}]}])
-    assert main(["run", "--engine-dir", str(build(LLAMA2_MHA).engine), "--input-file", str(given)]) == 12
+    assert main(["run", "--engine-dir", str(build(LLAMA2_MHA).engine), "--input-file", str(given)]) == 2
     assert f"{given} line 2: " in capsys.readouterr().err
 
 
@@ -598,18 +607,34 @@ def test_lines_for_openai() -> None:
         "request-1", "", {"max_output_len": 1000}, messages=CHAT["body"]["messages"])  # type: ignore[index]
     assert parse_line(COMPLETION, 0, "") == Request(
         "request-2", "Say", {"max_output_len": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3})
-    body: dict[str, Any] = {"prompt": [5, 6], "n": 2, "stop": "x", "logprobs": 2, "presence_penalty": 0.5,
-                            "frequency_penalty": 0.25}
-    known = {"num_return_sequences": 2, "stop_words": ["x"], "logprobs": 2, "presence_penalty": 0.5,
-             "frequency_penalty": 0.25}
-    fields = SamplingParams.__dataclass_fields__.keys()
-    body = {k: v for k, v in body.items() if k in ("prompt", "n", "stop", "logprobs") or k in fields}
-    assert parse_line({**COMPLETION, "body": body}, 0, "") == Request(
-        "request-2", [5, 6], {k: v for k, v in known.items() if k in fields})
+    body = {"prompt": [5, 6], "n": 2, "stop": "x", "logprobs": 2, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    assert parse_line({**COMPLETION, "body": body}, 0, "") == Request("request-2", [5, 6], {
+        "num_return_sequences": 2, "stop_words": ["x"], "logprobs": 2, "presence_penalty": 0.5,
+        "frequency_penalty": 0.25})
     for asked, ours in (({"logprobs": True, "top_logprobs": 3}, 3), ({"logprobs": True}, 0),
                         ({"logprobs": False}, None)):
         line = {**CHAT, "body": {"messages": CHAT["body"]["messages"], **asked}}  # type: ignore[index]
         assert parse_line(line, 0, "").sampling == {"logprobs": ours}
+
+
+def test_lines_for_openai_are_answered(demo: Built, tmp_path: Path) -> None:
+    """As the same prompts are in our own form; a chat is answered by its template's ids."""
+    both = {"prompt": "Count", "logprobs": 1, "temperature": 1.0, "top_p": 0.9, "seed": 5, "presence_penalty": 0.5}
+    theirs = {**both, "max_tokens": 6, "n": 2, "stop": ["zz"]}
+    ours = {**both, "max_output_len": 6, "num_return_sequences": 2, "stop_words": ["zz"]}
+    messages = [{"role": "user", "content": "Count."}]
+    chat = {**CHAT, "body": {"messages": messages, "max_tokens": 3}}
+    serve(tmp_path, [{**COMPLETION, "body": theirs}, chat, ours], demo.runner)
+    answers = {answer["id"]: answer for answer in read(tmp_path / "out.jsonl")}
+    assert answers.keys() == {"request-1", "request-2", 2}
+    texts = [[output["text"] for output in answers[id]["outputs"]] for id in ("request-2", 2)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
+    assert all(len(output["logprobs"]) == len(output["token_ids"]) for output in answers[2]["outputs"])
+    assert demo.runner.tokenizer
+    ids = demo.runner.tokenizer.chat(messages)
+    (expected,) = demo.runner.generate([ids], SamplingParams(max_output_len=3))
+    assert answers["request-1"]["prompt_token_ids"] == ids
+    assert answers["request-1"]["outputs"][0]["token_ids"] == expected.outputs[0].token_ids
 
 
 def test_progress_in_a_log(one: Callable[..., int], prompts: Prompts, monkeypatch: pytest.MonkeyPatch,
