@@ -109,6 +109,7 @@ class World:
         self.log.write(stage)
         if self._heartbeat:
             self._heartbeat.stage = stage
+            self._heartbeat.tell(stage=stage)  # at once: a rank that dies is named with what it was doing then
 
     def together(self, stage: str, work: Callable[[], R]) -> R:
         """Run `work` on every rank; if it fails on any with an error of ours, all raise that same error."""
