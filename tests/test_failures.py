@@ -94,7 +94,7 @@ def test_any_failure_of_any_rank_ends_the_job(work: Path, tmp_path: Path, kind: 
     if starter == "launch":
         done = tpllm(["launch", "--timeout", "60", "-n", "2", *argv], env)
         assert done.returncode == (21 if kind == "SIGSTOP" else 20), done.stderr
-        assert re.search(rf"tpllm: rank {rank} of 2 on \S+ failed in (load|generate|build): ", done.stderr), done.stderr
+        assert re.search(rf"tpllm: rank {rank} of 2 on \S+ failed in {stage}: ", done.stderr), done.stderr
     else:
         done = mpirun(2, ["-m", "tpllm", *argv], timeout=60, check=False, env=env)
     # The bound is on the time from the failure; starting and loading take some seconds before it.
