@@ -58,9 +58,9 @@ def run(args: argparse.Namespace, world: World) -> int:
     from tpllm.errors import InterruptedRun
     from tpllm.runner import ModelRunner
 
-    # SIGTERM too, which Slurm sends to the ranks of an srun step; and a single process has no other handler yet.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(world, "draining", True))
+    if world.comm is None:  # without a launcher, World leaves signals as they are
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(world, "draining", True))
     job = world.together("input", lambda: open_job(args) if world.is_first else None)
     try:
         runner = ModelRunner.from_dir(args.engine_dir, args.tokenizer_dir, args.checkpoint_dir, world)
