@@ -23,6 +23,7 @@ MAX_CORE, MAX_PART = 5000, 650  # lines of code
 PARTS = {
     "bench": ("bench", "cli.bench"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
+    "tensorrt": ("engine.tensorrt",),
 }
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
