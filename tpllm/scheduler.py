@@ -59,8 +59,8 @@ Work = tuple[StepInput, list[tuple[S, slice]]]
 class Scheduler(Generic[S]):
     """Admits groups of sequences in order, each as soon as cache rows for all of it are free.
 
-    `source` is asked for the next group only when there may be room for it; `unit` is the engine's. A step holds at most
-    `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
+    `source` is asked for the next group only when there may be room for it; `unit` is the engine's. A step holds at
+    most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
     """
 
     def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, source: Iterator[list[S]],

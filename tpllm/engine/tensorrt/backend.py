@@ -136,5 +136,5 @@ def random_weights(model: Model, mapping: Mapping) -> dict[str, torch.Tensor]:
     torch.manual_seed(mapping.rank)
     dtype = getattr(torch, model.config.dtype)
     shapes = {name: local_shape(weight, model.config, mapping) for name, weight, _ in model.rank_weights(mapping)}
-    return {name: torch.empty(shape, dtype=dtype).normal_(std=0.02) if len(shape) > 1 else torch.ones(shape, dtype=dtype)
+    return {name: torch.randn(shape).mul(0.02).to(dtype) if len(shape) > 1 else torch.ones(shape, dtype=dtype)
             for name, shape in shapes.items()}

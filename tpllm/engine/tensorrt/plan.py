@@ -26,6 +26,7 @@ from tpllm.models.base import Model
 
 ATTENTION = "TPLLM_TENSORRT_ATTENTION"
 Sizes = tuple[int, int, int]  # least, the one to be fastest at, most
+ONE = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def make_plan(config: EngineConfig, mapping: Mapping, model: Model, weights: dic
     monitor = Progress()
     if world.is_first:
         settings.progress_monitor = monitor
-    add_profile(builder, settings, logger, config, mapping, (1, 1, 1), prompt_lengths(config))
-    add_profile(builder, settings, logger, config, mapping, (1, *[config.build.max_batch_size] * 2), (1, 1, 1))
+    longest, most = config.build.max_input_len, config.build.max_batch_size
+    add_profile(builder, settings, logger, config, mapping, batch=ONE, length=(1, longest, longest))
+    add_profile(builder, settings, logger, config, mapping, batch=(1, most, most), length=ONE)
     # TensorRT only borrows caches. One from another kind of GPU it refuses, which leaves the empty one.
     caches = [settings.create_timing_cache(content) for content in (b"", timing_cache)]
     for cache in caches:
@@ -74,22 +76,19 @@ def make_plan(config: EngineConfig, mapping: Mapping, model: Model, weights: dic
     return Plan(memoryview(serialized), ops.collectives, bytes(learned.serialize()) if learned is not None else b"")
 
 
-def prompt_lengths(config: EngineConfig) -> Sizes:
-    return 1, config.build.max_input_len, config.build.max_input_len
-
-
 def add_profile(builder: trt.Builder, settings: trt.IBuilderConfig, logger: Logger, config: EngineConfig,
                 mapping: Mapping, batch: Sizes, length: Sizes) -> None:
     """Sizes that the engine is made for: number 0 is prefill, one sequence of any length; number 1 decode."""
     model = config.model
     cache = (model.local(mapping.tp_size).num_kv_heads, slot_rows(config.build.max_seq_len), model.head_size)
-    shapes = {TOKENS: [(b, s) for b, s in zip(batch, length, strict=True)], WRITE_INDEX: [(b,) for b in batch],
-              ROWS: [(1,), (batch[1],), (batch[2] * length[2],)]}
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        TOKENS: list(zip(batch, length, strict=True)), WRITE_INDEX: [(b,) for b in batch],
+        ROWS: [(1,), (batch[1],), (batch[2] * length[2],)]}
     shapes[POSITIONS] = shapes[TOKENS]
     for layer in range(model.num_hidden_layers):
         shapes |= {name: [(b, *cache) for b in batch] for name, _ in cache_names(layer)}
     profile = builder.create_optimization_profile()
     for name, sizes in shapes.items():
-        profile.set_shape(name, *sizes)
+        profile.set_shape(name, sizes[0], sizes[1], sizes[2])
     if settings.add_optimization_profile(profile) < 0:
         raise logger.refusal(f"the sizes {batch} x {length}")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpllm.distributed import World
-from tpllm.engine.base import EngineConfig, StepInput
+from tpllm.engine.base import EngineConfig, StepInput, build_command
 from tpllm.engine.tensorrt.lowering import (
     LOGITS,
     POSITIONS,
@@ -120,7 +120,7 @@ class TensorrtEngine:
         self._runtime.error_recorder = self._recorder
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise self._logger.refusal(f"the plan of {len(plan)} bytes, built by TensorRT {config.versions['tensorrt']}")
+            raise self._logger.refusal(f"the plan of {len(plan)} bytes; build it again: {build_command(config)}")
         # Zeros: what was never written is masked, but a NaN there would show through.
         self._cache = torch.zeros(model.num_hidden_layers, 2, build.max_batch_size,
                                   model.local(config.tp_size).num_kv_heads, slot_rows(build.max_seq_len),
