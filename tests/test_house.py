@@ -129,6 +129,8 @@ def importers(library: str) -> set[str]:
 @pytest.mark.parametrize(("library", "home"), [
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
     ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
+    ("tensorrt", {f"tpllm.engine.tensorrt.{name}" for name in ("backend", "lowering", "messages", "plan", "runtime")}),
+    ("nccl", {"tpllm.engine.tensorrt.backend", "tpllm.engine.tensorrt.runtime"}),
 ])  # fmt: skip
 def test_a_library_is_imported_in_its_home_only(library: str, home: set[str]) -> None:
     assert importers(library) == home

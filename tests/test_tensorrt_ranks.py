@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,25 @@ CASES = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one mpirun does; the short suite has all cases over two ranks, the full one those that are left."""
+
+    ranks: int
+    cases: tuple[Case, ...]
+
+
+SHORT = [Part(1, (CASES[0], CASES[8])), Part(2, tuple(CASES)), Part(4, (CASES[1], CASES[5], CASES[8]))]
+FULL = [Part(part.ranks, tuple(case for case in CASES if case not in part.cases)) for part in SHORT if part.ranks != 2]
+
+
+def each_case(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    """Every case of every part."""
+    return pytest.mark.parametrize(("part", "case"), [
+        pytest.param(part, case, id=f"{part.ranks}-{case.name}", marks=[pytest.mark.full] if part in FULL else [])
+        for part in SHORT + FULL for case in part.cases if keep(case)])
+
+
 def random_ids(vocab: int, *lengths: int) -> list[list[int]]:
     chance = random.Random(2)
     return [[chance.randrange(vocab) for _ in range(n)] for n in lengths]
@@ -54,17 +74,17 @@ def random_ids(vocab: int, *lengths: int) -> list[list[int]]:
 class Runs:
     """Results of one rank count, computed in one mpirun."""
 
-    def __init__(self, directory: Path, libraries: Path, ranks: int) -> None:
-        self.directory, self.ranks = directory, ranks
-        jobs = [job for case in CASES for job in self.jobs(case)]
+    def __init__(self, directory: Path, libraries: Path, part: Part) -> None:
+        self.directory, self.ranks = directory, part.ranks
+        jobs = [job for case in part.cases for job in self.jobs(case)]
         (directory / "jobs.json").write_text(json.dumps(jobs))
         program = str(HERE / "tensorrt_stub" / "program.py")
-        self.printed = mpirun(ranks, [program, str(libraries), str(directory / "jobs.json")], 300,
-                              {"PYTHONPATH": f"{HERE}:{HERE.parent}:{genuine.python_path()}"}).stdout
+        mpirun(part.ranks, [program, str(libraries), str(directory / "jobs.json")], 300,
+               {"PYTHONPATH": f"{HERE}:{HERE.parent}:{genuine.python_path()}"})
 
     def jobs(self, case: Case) -> list[dict[str, Any]]:
         work, shape = self.directory / case.name, NAMED_SHAPES[case.shape]
-        make_meta_dir(work / "meta", shape, seed=6, dtype=getattr(torch, case.dtype))
+        make_meta_dir(work / "meta", shape, seed=7, dtype=getattr(torch, case.dtype))
         model = ["--model-file", str(HERE / "qwen2_model.py")] if shape.qkv_bias else []
         assert main(["convert", "--meta-ckpt-dir", str(work / "meta"), "--output-dir", str(work / "checkpoint"),
                      "--tp-size", str(self.ranks), *case.convert, *model]) == 0
@@ -88,14 +108,19 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, libraries: Path) -> Iterator[Runs]:
-    yield Runs(tmp_path_factory.mktemp(f"tp{request.param}"), libraries, request.param)
+@pytest.fixture(scope="module")
+def get_runs(tmp_path_factory: pytest.TempPathFactory, libraries: Path) -> Callable[[Part], Runs]:
+    @cache
+    def get(part: Part) -> Runs:
+        return Runs(tmp_path_factory.mktemp(f"tp{part.ranks}"), libraries, part)
+
+    return get
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_logits_of_prefill_and_decode(runs: Runs, case: Case) -> None:
+@each_case()
+def test_logits_of_prefill_and_decode(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
     """Of ragged steps over slots that are not in order, at every position."""
+    runs = get_runs(part)
     reference = Reference(runs.directory / case.name / "meta")
     sequences = random_ids(NAMED_SHAPES[case.shape].vocab_size, 44, 9, 23, 2, 31)
     for ids, logits in zip(sequences, runs.found(case)["logits"], strict=True):
@@ -108,9 +133,10 @@ def test_logits_of_prefill_and_decode(runs: Runs, case: Case) -> None:
             assert float(error) < 6 * torch.finfo(getattr(torch, case.dtype)).eps
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == "float32"], ids=lambda c: c.name)
-def test_generated_tokens(runs: Runs, case: Case) -> None:
+@each_case(lambda case: case.dtype == "float32")
+def test_generated_tokens(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
     """Seven prompts through five slots, so that slots are used again."""
+    runs = get_runs(part)
     reference = Reference(runs.directory / case.name / "meta")
     answers = runs.found(case)["answers"]
     for ids, tokens in zip(random_ids(NAMED_SHAPES[case.shape].vocab_size, 3, 30, 1, 12, 7, 20, 5), answers,
@@ -120,9 +146,10 @@ def test_generated_tokens(runs: Runs, case: Case) -> None:
         assert tokens == [token for token, _ in expected]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_collectives_are_in_the_network(runs: Runs, case: Case) -> None:
+@each_case()
+def test_collectives_are_in_the_network(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
     """Two all-reduces a layer, in one order on all ranks, and none on one rank."""
+    runs = get_runs(part)
     ranks, layers = runs.found(case)["ranks"], NAMED_SHAPES[case.shape].n_layers
     several = runs.ranks > 1
     assert len(ranks) == runs.ranks
@@ -138,13 +165,16 @@ def test_collectives_are_in_the_network(runs: Runs, case: Case) -> None:
         assert rank["made_for"].keys() == {"tensorrt", "gpu"} | ({"nccl"} if several else set())
 
 
-def test_one_rank_measures_and_the_others_use_its_timing_cache(runs: Runs) -> None:
-    measured = [rank["measured"] for rank in runs.found(CASES[-1])["ranks"]]
-    assert measured == [len(CASES)] + [0] * (runs.ranks - 1)
+@pytest.mark.parametrize("part", SHORT, ids=lambda part: str(part.ranks))
+def test_one_rank_measures_and_the_others_use_its_timing_cache(get_runs: Callable[[Part], Runs], part: Part) -> None:
+    measured = [rank["measured"] for rank in get_runs(part).found(part.cases[-1])["ranks"]]
+    assert measured == [len(part.cases)] + [0] * (part.ranks - 1)
 
 
-def test_config_says_what_engines_were_made_with(runs: Runs) -> None:
-    config = json.loads((runs.directory / CASES[0].name / "engine" / "config.json").read_text())
+@pytest.mark.parametrize("part", SHORT, ids=lambda part: str(part.ranks))
+def test_config_says_what_engines_were_made_with(get_runs: Callable[[Part], Runs], part: Part) -> None:
+    runs = get_runs(part)
+    config = json.loads((runs.directory / part.cases[0].name / "engine" / "config.json").read_text())
     assert config["weights"]["in_engine"] is True
     assert config["versions"]["gpu"] == "sm_90" and config["versions"]["tensorrt"].startswith("11.")
     assert ("nccl" in config["versions"]) == (runs.ranks > 1)

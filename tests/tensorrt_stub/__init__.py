@@ -22,7 +22,7 @@ def install(libraries: Path) -> ModuleType:
     sys.modules["tensorrt"] = module
     core = ModuleType("nccl.core")
     core.__dict__.update(get_unique_id=lambda: os.urandom(128), Communicator=runtime.Communicator,
-                         get_version=lambda: SimpleNamespace(libnccl="2.30.7"))
+                         get_version=lambda: SimpleNamespace(libnccl=SimpleNamespace(version="2.30.7")))
     sys.modules["nccl"] = ModuleType("nccl")
     sys.modules["nccl"].core = core  # type: ignore[attr-defined]
     sys.modules["nccl.core"] = core
@@ -33,3 +33,11 @@ def install(libraries: Path) -> ModuleType:
 
     ours.take_gpu = lambda world: ours.Gpu(torch.device("cpu"), runtime.STREAM, "sm_90")
     return module
+
+
+def remove() -> None:
+    """Take what was imported against a stand-in, or without TensorRT, out of this process again."""
+    for name in list(sys.modules):
+        if name in ("tensorrt", "nccl", "nccl.core") or (
+                name.startswith("tpllm.engine.tensorrt.") and name != "tpllm.engine.tensorrt.backend"):
+            del sys.modules[name]

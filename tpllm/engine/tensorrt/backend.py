@@ -56,7 +56,10 @@ def nccl_version() -> str:
     except ImportError as e:
         raise PreflightError(f"TensorRT engines of several ranks need nccl4py, which cannot be imported here ({e}); "
                              f"type: {INSTALL}") from None
-    return str(core.get_version().libnccl)
+    if (found := core.get_version().libnccl) is None:
+        raise PreflightError("TensorRT engines of several ranks need NCCL, and there is no libnccl.so.2 here; "
+                             "type: pip install nvidia-nccl-cu13")
+    return str(found.version)
 
 
 def found_here(world: World) -> dict[str, str]:

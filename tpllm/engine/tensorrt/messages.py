@@ -32,10 +32,10 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         """The error to raise when TensorRT refused `what`: its own first reason, which names the layer it is about."""
         reason = self.errors[0] if self.errors else "it gave no reason"
         self.errors.clear()
+        kind = OutOfMemory if re.search(r"out ?of ?memory|insufficient memory", reason, re.IGNORECASE) else RankError
         # "[file.cpp::function::line] Error Code 4: Internal Error (the reason)"
         if found := re.search(r"Error Code \d+: [^(]*\((.*)\)[^)]*$", reason, re.DOTALL):
             reason = found[1]
-        kind = OutOfMemory if re.search(r"out ?of ?memory|insufficient memory", reason, re.IGNORECASE) else RankError
         return kind(f"TensorRT refused {what}: {' '.join(reason.split()).rstrip('.')}")
 
 
