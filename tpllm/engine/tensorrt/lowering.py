@@ -37,11 +37,8 @@ def cache_names(layer: int) -> list[tuple[str, str]]:
 
 
 def slot_rows(max_seq_len: int) -> int:
-    """Rows of a sequence's cache: one spare at least, which sequences that sit a step out write to.
-
-    A multiple of 64 makes every slot begin at a multiple of 256 bytes, as TensorRT wants addresses to be.
-    """
-    return padded(max_seq_len + 1, 64)
+    """Rows of a sequence's cache; of 64 and its multiples, slots begin where TensorRT wants addresses: at 256 bytes."""
+    return padded(max_seq_len, 64)
 
 
 class TensorrtOps:

@@ -147,7 +147,8 @@ class TensorrtEngine:
             first = int(slots[members].min())
             batch, length = int(slots[members].max()) - first + 1, int(counts[members[0]])
             tokens, positions = np.zeros((2, batch, length), np.int32)
-            # Slots in between that sit this step out write to a spare row.
+            # Slots in between that sit this step out write to their last row: nobody reads it before its own token,
+            # which is a sequence's last, is there.
             write = np.full(batch, slot_rows(self.unit) - 1, np.int32)
             places = slots[members] - first
             write[places] = step.length[members] - length
