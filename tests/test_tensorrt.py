@@ -22,6 +22,7 @@ from test_house import loaded
 
 from tpllm.cli import main
 from tpllm.distributed import World
+from tpllm.engine import find_backend
 from tpllm.engine.base import EngineConfig, StepInput, read_engine, write_engine
 from tpllm.errors import TpllmError
 from tpllm.mapping import Mapping
@@ -146,6 +147,8 @@ def test_tensorrt_is_missing_or_too_old(found: Any, sentence: str, without_tenso
                                         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is read or written."""
     monkeypatch.setitem(sys.modules, "tensorrt", found)
+    find_backend("tensorrt")
+    monkeypatch.setattr(f"{OURS}.backend.assign", lambda world: "")
     make_meta_dir(tmp_path / "meta", LLAMA31_GQA)
     assert main(["convert", "--meta-ckpt-dir", str(tmp_path / "meta"), "--output-dir", str(tmp_path / "ckpt")]) == 0
     argv = ["build", "--checkpoint-dir", str(tmp_path / "ckpt"), "--output-dir", str(tmp_path / "out"), "--backend",

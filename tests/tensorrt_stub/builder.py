@@ -45,6 +45,10 @@ class BuilderConfig(Recorded, owner="IBuilderConfig"):
         super().__init__()
         self._profiles: list[Profile] = []
         self._cache: TimingCache | None = None
+        self._flags = {trt.BuilderFlag.TF32}
+
+    def clear_flag(self, flag: Any) -> None:
+        self._flags.discard(flag)
 
     def add_optimization_profile(self, profile: Profile) -> int:
         self._profiles.append(profile)
@@ -156,7 +160,8 @@ def serialize(network: Network, config: BuilderConfig) -> bytes:
                        "output": layer._output._number})
     aliases = {layer._output.name: layer._in(0).name for layer in network._layers
                if layer._owner == "IKVCacheUpdateLayer"}
-    plan = {"version": trt.__version__, "layers": layers, "aliases": aliases,
+    plan = {"tf32": trt.BuilderFlag.TF32 in config._flags,
+            "version": trt.__version__, "layers": layers, "aliases": aliases,
             "profiles": [profile._shapes for profile in config._profiles],
             "inputs": {t.name: (t._number, t._dtype, t._dims) for t in network._inputs},
             "outputs": {t.name: (t._number, t._dtype) for t in network._outputs}}

@@ -1,7 +1,7 @@
-"""Runs under mpirun with the stand-in for TensorRT: a list of jobs on every rank.
+"""Runs under mpirun, with the stand-in for TensorRT or itself: a list of jobs on every rank.
 
-`mpirun -n N python program.py LIBRARIES JOBS.json`; each job is `{"tpllm": [argv…], "env": {…}}` or `{"engine": DIR,
-"sequences": […], "prompts": […], "out": FILE}`.
+`mpirun -n N python program.py LIBRARIES JOBS.json`, with `-` for LIBRARIES to let TensorRT itself do them. Each job
+is `{"tpllm": [argv…], "env": {…}}` or `{"engine": DIR, "sequences": […], "prompts": […], "out": FILE}`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def describe(engine: Path, world: World) -> list[dict[str, Any]]:
     assert plan is not None
     kinds = [layer["kind"] for layer in plan["layers"]]
     return world.allgather({
+        "tf32": plan["tf32"],
         "counted": meta.collectives, "made_for": json.loads(members["made_for.json"]), "measured": Builder._measured,
         "collectives": [layer["name"] for layer in plan["layers"] if layer["kind"] == "IDistCollectiveLayer"],
         "kinds": {kind: kinds.count(kind) for kind in set(kinds)}})
@@ -79,13 +80,14 @@ def run_job(job: dict[str, Any], world: World) -> None:
     logits = all_logits(runner, job["sequences"])
     params = SamplingParams(max_output_len=8, ignore_eos=True)
     answers = [output.outputs[0].token_ids for output in runner.generate(job["prompts"], params)]
-    ranks = describe(Path(job["engine"]), world)
+    ranks = describe(Path(job["engine"]), world) if "tensorrt_stub.builder" in sys.modules else []
     if world.is_first:
         torch.save({"logits": logits, "answers": answers, "ranks": ranks}, job["out"])
 
 
 if __name__ == "__main__":
-    tensorrt_stub.install(Path(sys.argv[1]))
+    if sys.argv[1] != "-":
+        tensorrt_stub.install(Path(sys.argv[1]))
     the_world = World.start()
     for the_job in json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")):
         run_job(the_job, the_world)

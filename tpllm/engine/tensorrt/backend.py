@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tpllm.checkpoint.rank import RankCheckpoint
+from tpllm.devices import assign
 from tpllm.distributed import World
 from tpllm.engine.base import (
     RANDOM,
@@ -79,6 +80,7 @@ class TensorrtBackend(Backend):
     def choose_device(self, name: str, world: World) -> str:
         if name == "cpu":
             raise UsageError("backend tensorrt makes engines for GPUs only; with --device cpu use --backend inductor")
+        world.note(assign(world))
         return "cuda"
 
     def settle(self, config: EngineConfig, world: World) -> EngineConfig:

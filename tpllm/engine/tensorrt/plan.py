@@ -58,6 +58,7 @@ def make_plan(config: EngineConfig, mapping: Mapping, model: Model, weights: dic
     ops = TensorrtOps(network, logger, config, mapping, weights, fused_attention())
     ops.finish(model.forward(ops))
     settings = builder.create_builder_config()
+    settings.clear_flag(trt.BuilderFlag.TF32)  # float32 is to mean that: the same tokens at every tp
     monitor = Progress()
     if world.is_first:
         settings.progress_monitor = monitor
