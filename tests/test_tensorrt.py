@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -182,6 +183,19 @@ def test_what_tensorrt_complains_about_becomes_one_sentence(
 
 
 @NEEDS_BINDINGS
+def test_cuda_does_not_work(made: Made, trt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                            capsys: pytest.CaptureFixture[str]) -> None:
+    """The genuine classes, which find nothing to wrap here."""
+    import tensorrt_bindings
+
+    monkeypatch.setattr(trt, "Builder", tensorrt_bindings.Builder)
+    assert main(made.build_command(tmp_path / "out")) == 20
+    assert "TensorRT refused to start its Builder: it gave no reason" in capsys.readouterr().err
+    monkeypatch.setattr(trt, "Runtime", tensorrt_bindings.Runtime)
+    assert "TensorRT refused to start its Runtime" in refusal(20, lambda: load(made))
+
+
+@NEEDS_BINDINGS
 def test_a_refused_layer_is_named(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     from tpllm.checkpoint.rank import RankCheckpoint
@@ -230,6 +244,21 @@ def test_an_engine_needs_no_checkpoint(copy: Made) -> None:
     config["weights"]["checkpoint_dir"] = "/gone"
     (copy.engine / "config.json").write_text(json.dumps(config))
     assert load(copy).generate([[1, 2]], SamplingParams(max_output_len=2))
+
+
+@NEEDS_BINDINGS
+def test_random_weights_to_measure_with(made: Made, tmp_path: Path) -> None:
+    """The same at every build, with logits that say something."""
+    from tpllm.engine import build_engines
+
+    def logits(name: str) -> torch.Tensor:
+        config = build_engines(replace(made.config, checkpoint_dir=""), tmp_path / name, None, World())
+        engine = find_backend("tensorrt").load(tmp_path / name, config, Mapping(1), None, World())
+        return engine.step(StepInput(*(np.array(a, np.int32) for a in ([3, 1, 2], [0, 3], [0], [3], [2]))))
+
+    first = logits("first")
+    assert first.isfinite().all() and float(first.std()) > 0.01
+    assert first.equal(logits("second"))
 
 
 @NEEDS_BINDINGS

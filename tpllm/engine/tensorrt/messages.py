@@ -38,6 +38,13 @@ class Logger(trt.ILogger):  # type: ignore[misc]
             reason = found[1]
         return kind(f"TensorRT refused {what}: {' '.join(reason.split()).rstrip('.')}")
 
+    def start(self, kind: Any) -> Any:
+        """A builder or a runtime; where CUDA does not work, the bindings have none to wrap and raise a TypeError."""
+        try:
+            return kind(self)
+        except TypeError:
+            raise self.refusal(f"to start its {kind.__name__}") from None
+
 
 class ErrorRecorder(trt.IErrorRecorder):  # type: ignore[misc]
     """Hands errors to the logger's list: with a recorder set, TensorRT may not log them."""
@@ -77,7 +84,8 @@ class Progress(trt.IProgressMonitor):  # type: ignore[misc]
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
         if not parent_phase:
-            self._bars[phase_name] = tqdm(total=num_steps, desc=f"build: {phase_name}", leave=False)
+            self._bars[phase_name] = tqdm(total=num_steps, desc=f"build: {phase_name}", leave=False,
+                                          disable=None)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
         if phase_name in self._bars:

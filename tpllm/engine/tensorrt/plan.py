@@ -50,7 +50,7 @@ def make_plan(config: EngineConfig, mapping: Mapping, model: Model, weights: dic
               timing_cache: bytes) -> Plan:
     """This rank's plan. With another rank's `timing_cache` kernels are chosen as there, and soon."""
     logger = Logger(world)
-    builder = trt.Builder(logger)
+    builder = logger.start(trt.Builder)
     recorder = ErrorRecorder(logger)
     builder.error_recorder = recorder
     network = builder.create_network()
@@ -74,7 +74,8 @@ def make_plan(config: EngineConfig, mapping: Mapping, model: Model, weights: dic
     if serialized is None:
         raise logger.refusal("to build the network")
     learned = settings.get_timing_cache()
-    return Plan(memoryview(serialized), ops.collectives, bytes(learned.serialize()) if learned is not None else b"")
+    content = b"" if learned is None else bytes(learned.serialize())
+    return Plan(memoryview(serialized).cast("B"), ops.collectives, content)
 
 
 def add_profile(builder: trt.Builder, settings: trt.IBuilderConfig, logger: Logger, config: EngineConfig,

@@ -116,7 +116,7 @@ class TensorrtEngine:
         self._gpu, self._communicator = gpu, communicator
         self._logger = Logger(world)
         self._recorder = ErrorRecorder(self._logger)
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime = self._logger.start(trt.Runtime)
         self._runtime.error_recorder = self._recorder
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
