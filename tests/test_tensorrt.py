@@ -292,9 +292,8 @@ def test_a_communicator_that_is_not_taken_ends_the_load(made: Made) -> None:
     from tpllm.engine.tensorrt.runtime import TensorrtEngine, take_gpu
 
     _, members = read_engine(made.engine, made.config, Mapping(1))
-    world = World()
-    found = refusal(20, lambda: TensorrtEngine(made.config, members["plan.trt"], take_gpu(world), Communicator(None),
-                                               world))
+    engine = TensorrtEngine(made.config, members["plan.trt"], take_gpu(World()), World())
+    found = refusal(20, lambda: engine.open(Communicator(None)))
     assert found == "TensorRT refused the NCCL communicator: The engine is not a multi-device engine"
 
 

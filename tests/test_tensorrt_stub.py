@@ -109,7 +109,8 @@ def attention(net: Sketch, mask: Any = None, kind: str = "NONE", heads: int = 2)
                                          net.trt.CausalMaskKind.__members__[kind])
     if layer is not None and mask is not None:
         layer.mask = net.input(*mask)
-    return layer if not net.logger.errors else None
+        return layer if layer.mask is not None else None
+    return layer
 
 
 def collective(net: Sketch, operation: str, reduce: str, **kwargs: Any) -> Any:

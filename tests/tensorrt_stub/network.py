@@ -102,6 +102,8 @@ class Layer(Recorded):
         super().__init__(owner)
         self._network, self._inputs, self._rule, self._params = network, dict(enumerate(inputs)), rule, params
         self._values["name"] = f"(Unnamed Layer* {len(network._layers)}) [{owner}]"
+        if owner == "IAttention":
+            self._values["mask"] = None
         shape, dtype = rule(self)
         self._output = Tensor(network._count(), shape, dtype, self)
         for tensor in inputs:
@@ -120,6 +122,8 @@ class Layer(Recorded):
             self._output._shape, _ = self._rule(self)
         except Refused as e:
             self._network._refuse(f"{self.name}: {e}")
+            if name == "mask":
+                self._values["mask"] = None  # it is not set, and nothing else says so
 
     def set_input(self, index: int, tensor: Tensor) -> None:
         self._inputs[index] = tensor

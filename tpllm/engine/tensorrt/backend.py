@@ -132,8 +132,10 @@ class TensorrtBackend(Backend):
         from tpllm.engine.tensorrt.runtime import TensorrtEngine, connect, take_gpu
 
         gpu = take_gpu(world)
+        engine = world.together("load", lambda: TensorrtEngine(config, plan, gpu, world))
         communicator = connect(world) if world.size > 1 else None
-        return world.together("load", lambda: TensorrtEngine(config, plan, gpu, communicator, world))
+        world.together("connect", lambda: engine.open(communicator))
+        return engine
 
 
 def random_weights(model: Model, mapping: Mapping) -> dict[str, torch.Tensor]:

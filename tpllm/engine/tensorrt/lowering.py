@@ -228,6 +228,8 @@ class TensorrtOps:
             q, keys, values, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE), "attention")
         attention.mask = self.mask
         attention.decomposable = True  # several kernels where there is no fused one for this dtype and head size
+        if attention.mask is None:  # what cannot be set is left out without a word
+            raise self.logger.refusal(f"the mask of {attention.name}")
         return attention.get_output(0)
 
     def _primitive(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def make_plan(config: EngineConfig, mapping: Mapping, model: Model, weights: dic
         raise logger.refusal("to build the network")
     learned = settings.get_timing_cache()
     content = b"" if learned is None else bytes(learned.serialize())
+    # The bindings say that what they hand out are floats.
     return Plan(memoryview(serialized).cast("B"), ops.collectives, content)
 
 

@@ -78,7 +78,8 @@ class Lane:
             raise logger.refusal("an execution context")
         self._check(self._context.set_optimization_profile_async(profile, gpu.stream), f"profile {profile}")
         if communicator is not None:
-            # Without it the all-reduces of the plan would do nothing and the answers be wrong.
+            # Without it the all-reduces of the plan would do nothing and the answers be wrong. The call waits for the
+            # other ranks, and holds Python's lock meanwhile.
             self._check(self._context.set_communicator(capsule(communicator.ptr)), "the NCCL communicator")
 
     def _check(self, accepted: bool, what: str) -> None:
@@ -107,14 +108,16 @@ class Lane:
 
 
 class TensorrtEngine:
-    """One rank's plan with its caches. A sequence owns a whole slot, so `capacity` is given out in `unit`s."""
+    """One rank's plan with its caches. A sequence owns a whole slot, so `capacity` is given out in `unit`s.
 
-    def __init__(self, config: EngineConfig, plan: bytes, gpu: Gpu, communicator: Any, world: World) -> None:
+    `open` comes before the first step.
+    """
+
+    def __init__(self, config: EngineConfig, plan: bytes, gpu: Gpu, world: World) -> None:
         build, model = config.build, config.model
         self.config, self.unit = config, build.max_seq_len
         self.capacity = build.max_batch_size * self.unit
-        self._gpu, self._communicator = gpu, communicator
-        self._logger = Logger(world)
+        self._gpu, self._logger = gpu, Logger(world)
         self._recorder = ErrorRecorder(self._logger)
         self._runtime = self._logger.start(trt.Runtime)
         self._runtime.error_recorder = self._recorder
@@ -125,7 +128,11 @@ class TensorrtEngine:
         self._cache = torch.zeros(model.num_hidden_layers, 2, build.max_batch_size,
                                   model.local(config.tp_size).num_kv_heads, slot_rows(build.max_seq_len),
                                   model.head_size, dtype=getattr(torch, model.dtype), device=gpu.device)
-        self._prefill, self._decode = (Lane(self._engine, self._logger, profile, gpu, communicator)
+
+    def open(self, communicator: Any) -> None:
+        """Make the contexts; of several ranks collective, and all must come to it at about the same time."""
+        self._communicator = communicator  # must outlive them
+        self._prefill, self._decode = (Lane(self._engine, self._logger, profile, self._gpu, communicator)
                                        for profile in (0, 1))
 
     @torch.inference_mode()
