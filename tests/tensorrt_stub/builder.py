@@ -15,10 +15,6 @@ MAGIC = b"recorded plan"
 MEASURED = b"what this build measured"
 
 
-def pickle_enum(value: Any) -> Any:
-    return (getattr, (type(value), value.name))
-
-
 class Profile(Recorded, owner="IOptimizationProfile"):
     def __init__(self) -> None:
         super().__init__()

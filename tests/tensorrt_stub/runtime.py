@@ -46,8 +46,6 @@ class Engine(Recorded, owner="ICudaEngine"):
 
 
 class Context(Recorded, owner="IExecutionContext"):
-    executions = 0
-
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self._engine, self._plan = engine, engine._plan
@@ -106,7 +104,6 @@ class Context(Recorded, owner="IExecutionContext"):
             return self._no(f"dimensions of one name differ: {sizes}")
         assert stream_handle == STREAM
         self._interpret()
-        Context.executions += 1
         return True
 
     def _interpret(self) -> None:
