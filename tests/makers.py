@@ -242,7 +242,8 @@ def transformers_greedy(model: Any, ids: list[int], n: int, eos_ids: Collection[
     return new
 
 
-def save_hf_dir(meta_dir: Path | str, path: Path | str, rope_scaling_factor: float = 8.0) -> Path:
-    """Writes the checkpoint as a transformers folder (config.json and model.safetensors)."""
-    transformers_model(meta_dir, rope_scaling_factor).save_pretrained(path)
+def save_hf_dir(meta_dir: Path | str, path: Path | str, rope_scaling_factor: float = 8.0,
+                max_shard_size: str = "5GB") -> Path:  # fmt: skip
+    """Writes the checkpoint as a transformers folder: config.json, and model.safetensors or several and their index."""
+    transformers_model(meta_dir, rope_scaling_factor).save_pretrained(path, max_shard_size=max_shard_size)
     return Path(path)

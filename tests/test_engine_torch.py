@@ -314,6 +314,22 @@ def test_a_config_json_that_is_none_is_refused(text: str, copy: Built) -> None:
     assert "config.json" in refusal(copy, 12)
 
 
+@pytest.mark.parametrize(("path", "value"), [
+    ("versions", []), ("versions", {}), ("weights.checkpoint_dir", None), ("weights.checkpoint_dir", 3),
+    ("build_config.backend", ["eager"]), ("build_config.max_seq_len", "32"), ("pretrained_config.mapping.tp_size", "1"),
+    ("pretrained_config.mapping", None),
+])  # fmt: skip
+def test_a_config_json_with_a_value_of_another_kind_is_refused(path: str, value: Any, copy: Built) -> None:
+    def change(data: Any) -> None:
+        *where, last = path.split(".")
+        for name in where:
+            data = data[name]
+        data[last] = value
+
+    edit_json(copy.engine / "config.json", change)
+    assert "config.json is not an engine's" in refusal(copy, 12)
+
+
 def test_an_unknown_backend_lists_the_known_ones(copy: Built) -> None:
     edit_json(copy.engine / "config.json", lambda data: data["build_config"].update(backend="magic"))
     message = refusal(copy, 2)
@@ -402,4 +418,4 @@ def test_a_tokenizer_of_another_model_is_refused(copy: Built) -> None:
 
 
 def test_a_tokenizer_directory_without_one_is_refused(copy: Built, tmp_path: Path) -> None:
-    assert f"no tokenizer.model in {tmp_path}" in refusal(copy, 2, tokenizer_dir=tmp_path)
+    assert f"no tokenizer.model or tokenizer.json in {tmp_path}" in refusal(copy, 2, tokenizer_dir=tmp_path)

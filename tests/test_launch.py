@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from makers import transformers_greedy, transformers_model
+from sentencepiece import SentencePieceProcessor
 
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
@@ -566,6 +568,25 @@ def test_lines_of_a_pipe_are_answered(engine: Path) -> None:
     answers = done.stdout.splitlines()
     assert answers[0] == " Tuesday." and answers[-1] == " 55." and len(answers) == 3
     assert answers[1].startswith("tpllm: prompt 0 has ")
+
+
+def test_lines_of_a_pipe_are_one_chat(engine: Path) -> None:
+    """Until /new; the answers are those of transformers to Llama 2's template, at two ranks as at one."""
+    first, second = "The day after Monday is", "Count from three to seven:"
+    library = SentencePieceProcessor(model_file=str(MODEL_DIR / "tokenizer.model"))
+    model, bos, eos = transformers_model(MODEL_DIR), library.bos_id(), library.eos_id()
+
+    def answer(ids: list[int]) -> str:
+        new = transformers_greedy(model, ids, 8, eos_ids=(eos,))
+        assert eos not in new[:-1]
+        return str(library.decode(ids + new)).removeprefix(str(library.decode(ids)))
+
+    one, two = ([bos, *library.encode(f"[INST] {text} [/INST]")] for text in (first, second))
+    before = [bos, *library.encode(f"[INST] {first} [/INST] {answer(one).strip()} "), eos]
+    done = launched("run", "--engine-dir", str(engine), "--max-output-len", "8", "--chat",
+                    stdin=f"{first}\n{second}\n/new\n{second}\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "".join(text + "\n" for text in (answer(one), answer(before + two), answer(two)))
 
 
 def test_without_prompts_and_without_a_line(engine: Path) -> None:

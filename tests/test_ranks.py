@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import HERE, mpirun, run_jobs
-from makers import NAMED_SHAPES, make_meta_dir, transformers_greedy, transformers_logits, transformers_model
+from makers import (
+    NAMED_SHAPES,
+    make_meta_dir,
+    save_hf_dir,
+    transformers_greedy,
+    transformers_logits,
+    transformers_model,
+)
 from reference import Reference
 
 from tpllm.checkpoint.rank import CheckpointConfig
@@ -35,10 +42,12 @@ class Case:
     shards: int
     backend: str = "eager"
     convert: tuple[str, ...] = ()
+    source: str = "meta"
 
     @property
     def name(self) -> str:
-        return "-".join([self.shape, str(self.shards), self.backend, *(o.strip("-") for o in self.convert)])
+        return "-".join([self.source, self.shape, str(self.shards), self.backend,
+                         *(o.strip("-") for o in self.convert)])
 
 
 CASES = [
@@ -50,10 +59,13 @@ CASES = [
     Case("odd_vocab", 1, convert=("--use-parallel-embedding",)),
     Case("llama2_mha", 2, convert=("--use-parallel-embedding", "--embedding-sharding-dim", "1")),
     Case("qkv_bias", 2),
+    Case("llama31_gqa", 1, source="hf"),
+    Case("tied", 1, source="hf"),
 ]
 # Compiling takes its time: in the short suite one model, in the full suite all.
 COMPILED, COMPILED_RANKS = [Case("llama31_gqa", 8, "inductor")], (2, 4)
-COMPILED_FULL = [Case(c.shape, c.shards, "inductor", c.convert) for c in CASES if c.shape != "llama31_gqa"]
+COMPILED_FULL = [Case(c.shape, c.shards, "inductor", c.convert) for c in CASES
+                 if c.shape != "llama31_gqa" and c.source == "meta"]
 
 
 def prompts_for(vocab: int) -> list[list[int]]:
@@ -81,8 +93,11 @@ class Runs:
     def logits_jobs(self, case: Case) -> list[dict[str, Any]]:
         work = self.directory / case.name
         meta = make_meta_dir(work / "meta", NAMED_SHAPES[case.shape], shards=case.shards)
-        convert = ["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(work / "checkpoint"),
-                   "--tp-size", str(self.ranks), *case.convert, *model_option(case)]
+        source = ["--meta-ckpt-dir", str(meta)]
+        if case.source == "hf":
+            source = ["--hf-model-dir", str(save_hf_dir(meta, work / "hf", max_shard_size="60KB"))]
+        convert = ["convert", *source, "--output-dir", str(work / "checkpoint"), "--tp-size", str(self.ranks),
+                   *case.convert, *model_option(case)]
         assert main(convert) == 0
         vocab = NAMED_SHAPES[case.shape].vocab_size
         return [

@@ -1,5 +1,6 @@
 """Generation on one rank: what is asked for, what comes, and when it ends."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,23 @@ def test_sampled_answers_depend_on_their_own_seed_alone(build: Build) -> None:
         (alone,) = built.runner.generate([prompts[i]], params[i])
         assert alone.outputs == together[i].outputs
     assert built.runner.generate([prompts[0]], replace(params[0], seed=9))[0].outputs != together[0].outputs
+
+
+def test_answers_do_not_depend_on_the_rest_of_the_batch(build: Build) -> None:
+    """A hundred requests of all kinds, then the same in another order."""
+    built, chance = build(LLAMA31_GQA), random.Random(11)
+    prompts = random_ids(built, *(chance.randint(1, MAX_INPUT) for _ in range(100)), seed=11)
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 5}, {"num_beams": 2}, {"repetition_penalty": 1.2}]
+    jobs = [(prompt, SamplingParams(max_output_len=chance.randint(1, 8), **chance.choice(kinds))) for prompt in prompts]
+
+    def answers(order: list[int]) -> list[list[int]]:
+        outputs = built.runner.generate([jobs[i][0] for i in order], [jobs[i][1] for i in order])
+        return [output.outputs[0].token_ids for _, output in sorted(
+            zip(order, outputs, strict=True), key=lambda pair: pair[0])]
+
+    shuffled = list(range(100))
+    chance.shuffle(shuffled)
+    assert answers(shuffled) == answers(list(range(100)))
 
 
 def test_end_id_stops_and_ignore_eos_does_not(build: Build) -> None:

@@ -1,5 +1,6 @@
 """The scheduler against a simulated engine that remembers which token lies in which row of the cache."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -198,6 +199,15 @@ def test_with_room_for_all_a_step_gives_every_decoding_sequence_a_token(load: Lo
             if len(sequence.tokens) == job.prompt + job.generated:
                 scheduler.finish(sequence)
                 decoding.discard(sequence.index)
+
+
+def test_a_thousand_requests_through_a_small_arena() -> None:
+    """None lost, none twice, none starved: each is admitted in its turn, whatever its size."""
+    chance = random.Random(1)
+    many = [Job(chance.randint(1, 120), allowed := chance.randint(1, 40), chance.randint(1, allowed),
+                chance.choice([1] * 9 + [3])) for _ in range(1000)]
+    ended, _ = serve(Load(many, capacity=600, max_batch_size=12, max_step_tokens=64))
+    assert sorted(ended) == sorted(i for i, job in enumerate(many) for _ in range(job.width))
 
 
 def test_short_requests_do_not_wait_for_the_end_of_a_batch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 import time
@@ -10,7 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.demo import RANKS, TPLLM, DemoEngine, build_argv, convert_argv, demo_engine, line, long_run, script, tpllm
+from cluster.demo import (
+    ANSWER,
+    RANKS,
+    TPLLM,
+    DemoEngine,
+    build_argv,
+    convert_argv,
+    demo_engine,
+    line,
+    long_run,
+    script,
+    tpllm,
+)
 from cluster.hosts_lab import wait_for
 from cluster.slurm_lab import LOGIN, Job, Slurm, slurm_lab, slurm_missing
 
@@ -146,14 +159,35 @@ def test_scancel_ends_all_ranks(slurm: Slurm, demo: DemoEngine, tmp_path: Path, 
 
 
 @pytest.mark.full
-def test_sigusr1_drains(slurm: Slurm, demo: DemoEngine, tmp_path: Path) -> None:
-    """As `sbatch --signal=USR1@60` sends it before the time is over: all ranks leave in order, with the code for it."""
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_signal_drains(slurm: Slurm, demo: DemoEngine, tmp_path: Path, signal: str) -> None:
+    """As `sbatch --signal=USR1@60` sends it before the time is over, or Slurm then: all leave in order, with 75."""
     job = start_long_job(slurm, demo, tmp_path, SRUN)
-    slurm.run(["scancel", "--signal=USR1", job])
+    slurm.run(["scancel", f"--signal={signal}", job])
     [ended] = slurm.wait(job, 30)
     assert ended.code == 75, ended.output[-2000:]
     assert "interrupted by SIGUSR1" in ended.output
     assert not slurm.hosts.processes(*slurm.nodes, naming="--streaming")
+
+
+@pytest.mark.full
+def test_a_batch_job_drains_at_sigterm(slurm: Slurm, demo: DemoEngine, tmp_path: Path) -> None:
+    """As Slurm sends it to the ranks of a step some time before it kills them."""
+    given, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    count = len(demo.answers)
+    given.write_text("".join(json.dumps({"prompt": demo.answers[i % count]["prompt"]}) + "\n" for i in range(2000)),
+                     encoding="utf-8")
+    argv = [*TPLLM, "batch", "--engine-dir", str(demo.engine), "--input-file", str(given), "--output-file", str(output),
+            "--max-output-len", str(ANSWER)]
+    job = slurm.submit(script(line("exec", *SRUN, "-n", str(RANKS), *argv), options=TWO_BY_TWO))
+    wait_for("the first answers", lambda: output.exists() and output.read_bytes().count(b"\n") > 4, 120)
+    slurm.run(["scancel", "--signal=TERM", job])
+    [ended] = slurm.wait(job, 40)
+    assert ended.code == 75, ended.output[-2000:]
+    assert "--resume goes on" in ended.output
+    answers = [json.loads(text) for text in output.read_text(encoding="utf-8").splitlines()]
+    assert len({answer["id"] for answer in answers}) == len(answers) < 2000
+    assert all(answer["outputs"] == demo.answers[answer["id"] % count]["outputs"] for answer in answers)
 
 
 def test_the_lab_leaves_nothing_behind() -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tpllm.beam import BeamSearch
+from tpllm.errors import RankError
 from tpllm.sampling import RowState, SamplingParams, bad_word_ids, token_logprobs
 from tpllm.scheduler import Scheduler, Sequence
 from tpllm.tokenizer import Detokenizer, Tokenizer
@@ -203,6 +204,8 @@ class Answer:
         for branch in self.branches:
             scheduler.finish(branch)
         found = self._search.best()
+        if not found:
+            raise RankError(f"prompt {self.job.index}: beam search found nothing, the logits are not numbers")
         del self._completions[len(found):], self.output.outputs[len(found):]  # it may have run out of continuations
         events = []
         for number, (completion, hypothesis) in enumerate(zip(self._completions, found, strict=True)):

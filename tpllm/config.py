@@ -9,6 +9,7 @@ from tpllm.errors import DataError
 from tpllm.mapping import padded
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 10_000  # a torn number of layers must not become a table of billions
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        require_positive(self, *(f.name for f in fields(self)))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RopeScaling:
@@ -56,13 +60,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise DataError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(self.architecture, str) or not isinstance(self.use_parallel_embedding, bool):
+            raise DataError(f"architecture is {self.architecture!r}, use_parallel_embedding "
+                            f"{self.use_parallel_embedding!r}; a name and true or false are needed")
         if self.embedding_sharding_dim not in (0, 1):
             raise DataError(f"embedding_sharding_dim is {self.embedding_sharding_dim}; 0 (vocabulary) or 1 (hidden)")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_size", "intermediate_size", "max_position_embeddings"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise DataError(f"{name} is {value!r}; a positive whole number is needed")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise DataError(f"num_hidden_layers is {self.num_hidden_layers}; up to {MAX_LAYERS} are possible")
+        require_positive(self, "norm_epsilon", "rotary_base")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DataError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                             f"num_key_value_heads ({self.num_key_value_heads})")
@@ -140,6 +150,14 @@ class LocalSizes:
     vocab_size: int
 
 
+def require_positive(config: object, *names: str) -> None:
+    """Refuse fields that are no numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise DataError(f"{name} is {value!r}; a number above 0 is needed")
+
+
 def refuse_unsupported(data: dict[str, Any]) -> None:
     """Refuse by name what would otherwise be silently ignored."""
     quantization = data.get("quantization") or {}
@@ -148,7 +166,8 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
     for key in ("quant_algo", "quant_aglo", "kv_cache_quant_algo"):  # the second: quant_algo as some pages spell it
         if algo := quantization.get(key):
             name = key.replace("aglo", "algo")
-            raise DataError(f"{name} {algo!r} is not supported; convert the original weights without quantization")
+            raise DataError(f"{name} {algo!r} is not supported: TensorRT-LLM lays such weights out for its own "
+                            "kernels, so they cannot be cut or read elsewhere; convert the original weights")
     for key in ("mlp_bias", "qk_layernorm", "residual_mlp"):
         if data.get(key):
             raise DataError(f"the model has {key}, which is not supported")

@@ -53,7 +53,7 @@ class World:
         self.places = self.allgather(Place(self.rank, self.host))
         self.log = RankLog(None, self.rank)
         self.exit_code = 0  # with which this process ends if MPI's own end never returns
-        self.draining = False  # set by SIGUSR1: finish what is begun, start nothing new
+        self.draining = False  # set by SIGUSR1, under srun also SIGTERM: finish what is begun, start nothing new
         self._heartbeat: Heartbeat | None = None
         self._oom_kills = oom_kills()
         self._ends: queue.SimpleQueue[tuple[float, int]] = queue.SimpleQueue()

@@ -25,6 +25,11 @@ def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def json_digest(data: Any) -> str:
+    """Content hash of a JSON value, whatever its spacing and the order of its keys."""
+    return digest(json.dumps(data, sort_keys=True).encode())
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file; `what` names it in messages."""
     if not path.is_file():
@@ -39,7 +44,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -41,6 +41,7 @@ class RankLog:
 
     def __init__(self, directory: Path | None, rank: int) -> None:
         self.directory = directory
+        self.facts: dict[str, Any] = {}  # what the verb adds to the record
         self._file = None
         if directory is not None:
             try:
@@ -58,5 +59,5 @@ class RankLog:
         if self.directory is not None:
             path = self.directory / "record.json"
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps({**facts, **self.facts}, indent=2) + "\n", encoding="utf-8")
             partial.replace(path)

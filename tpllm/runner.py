@@ -95,6 +95,8 @@ class ModelRunner:
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
         """A request that this engine has room for; raises a `TpllmError` that says why it has none. Rank 0 only."""
         ids, vocab = self._encode(prompt, index), self.engine.config.model.vocab_size
+        if not ids:
+            raise DataError(f"prompt {index} has no tokens")
         if beyond := [i for i in params.allowed_token_ids if i >= vocab]:
             raise DataError(f"prompt {index} allows token id {beyond[0]}; the vocabulary is 0 to {vocab - 1}")
         job = Job(index, prompt if isinstance(prompt, str) else None, ids, params)
@@ -142,11 +144,9 @@ class ModelRunner:
                 raise UsageError("this model has no tokenizer: give --tokenizer-dir DIR, or token ids (.csv, .npy)")
             try:
                 return self.tokenizer.encode(prompt)
-            except (UnicodeError, RuntimeError, TypeError) as e:
+            except (ValueError, RuntimeError, TypeError) as e:  # whatever a tokenizer's library raises
                 raise DataError(f"prompt {index} is not text that can be encoded: {e}") from None
         ids = [int(i) for i in prompt]
-        if not ids:
-            raise DataError(f"prompt {index} has no tokens")
         if bad := [i for i in ids if not 0 <= i < vocab]:
             raise DataError(f"prompt {index} has token id {bad[0]}; the vocabulary is 0 to {vocab - 1}")
         return ids
@@ -227,7 +227,7 @@ def find_tokenizer(given: str | Path | None, checkpoint: Path, config: EngineCon
     directory = Path(given) if given is not None else checkpoint
     tokenizer = load_tokenizer(directory)
     if tokenizer is None and given is not None:
-        raise UsageError(f"no tokenizer.model in {directory}")
+        raise UsageError(f"no tokenizer.model or tokenizer.json in {directory}")
     size = config.model.vocab_size
     if tokenizer and (tokenizer.vocab_size > size or (tokenizer.exact and tokenizer.vocab_size != size)):
         raise MismatchError(f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {size}: it is "

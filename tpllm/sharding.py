@@ -6,6 +6,7 @@ says how long the dimension is and how ranks share it, so that one pure function
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -106,6 +107,26 @@ def shard(tensor: torch.Tensor, axes: tuple[Axis, ...], config: ModelConfig, map
             part = whole
         tensor = part
     return tensor
+
+
+def unshard(parts: Sequence[torch.Tensor], axes: tuple[Axis, ...], config: ModelConfig) -> torch.Tensor:
+    """The full tensor of which `parts` are the ranks' shards, in the order of tensor-parallel ranks.
+
+    What every rank holds whole is the first rank's own tensor. Of repeated heads the last rank's are taken, and
+    padding is left out: whether ranks agree is told by `shard`ing the result again.
+    """
+    shape = [axis_size(axis, config) for axis in axes]
+    mappings = Mapping.all_ranks(len(parts))
+    if all(axis_slice(axis, config, mappings[-1]) == (0, size) for axis, size in zip(axes, shape, strict=True)):
+        return parts[0]
+    full = parts[0].new_empty(shape)
+    for part, mapping in zip(parts, mappings, strict=True):
+        place = full
+        for dim, axis in enumerate(axes):
+            start, stop = (min(end, shape[dim]) for end in axis_slice(axis, config, mapping))
+            place, part = place.narrow(dim, start, stop - start), part.narrow(dim, 0, stop - start)
+        place.copy_(part)
+    return full
 
 
 def local_shape(weight: Weight, config: ModelConfig, mapping: Mapping) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -14,25 +13,19 @@ from tqdm import tqdm
 from tpllm import __version__
 from tpllm.checkpoint.rank import MANIFEST, CheckpointConfig, fingerprint, rank_file
 from tpllm.checkpoint.safetensors_file import SafetensorsFile
+from tpllm.checkpoint.source import SourceCheckpoint, source_weights
 from tpllm.config import ModelConfig
 from tpllm.errors import UsageError
-from tpllm.files import DIGEST, output_dir, require_space, write_json
+from tpllm.files import DIGEST, json_digest, output_dir, require_space, write_json
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.sharding import Source, Weight, local_shape, shard
+from tpllm.tokenizer import end_ids
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-class SourceCheckpoint(Protocol):
-    """Where weights come from: a directory seen as full named tensors."""
-
-    kind: str
-    directory: Path
-    config: ModelConfig
-    notes: list[str]
-
-    def tensor(self, source: Source, layer: int | None) -> torch.Tensor: ...
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+# Beside them, what says how they are used: added tokens, control tokens, the chat's form, what ends an answer.
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                   "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -46,15 +39,15 @@ class ConvertOptions:
     embedding_sharding_dim: int = 0
 
 
-def convert(source: SourceCheckpoint, model_class: type[Model], out: Path, options: ConvertOptions,
-            say: Callable[[str], None]) -> CheckpointConfig:
+def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: Callable[[str], None],
+            ) -> CheckpointConfig:
     """Write `source` as a checkpoint directory.
 
     Memory: the largest weight in full (for attention.qkv its three sources) and its slices for one rank.
     """
     config = target_config(source.config, options)
     checkpoint = CheckpointConfig(config, options.tp_size, options.pp_size)
-    model, mappings = model_class(config), Mapping.all_ranks(options.tp_size, options.pp_size)
+    model, mappings = source.model(config), Mapping.all_ranks(options.tp_size, options.pp_size)
     dtype: torch.dtype = getattr(torch, config.dtype)
     shapes = [{name: (dtype, local_shape(weight, config, m)) for name, weight, _ in model.rank_weights(m)}
               for m in mappings]
@@ -71,7 +64,7 @@ def convert(source: SourceCheckpoint, model_class: type[Model], out: Path, optio
             file.close()
         copy_tokenizer(source.directory, partial, say)
         write_json(partial / "config.json", checkpoint.to_json())
-        write_json(partial / MANIFEST, manifest(source, files))
+        write_json(partial / MANIFEST, manifest(source, checkpoint, files))
     return checkpoint
 
 
@@ -88,11 +81,6 @@ def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     if options.pp_size > config.num_hidden_layers:
         raise UsageError(f"--pp-size {options.pp_size} is more than the model's {config.num_hidden_layers} layers")
     return config
-
-
-def source_weights(model: Model) -> list[tuple[Weight, int | None]]:
-    """Every weight of the whole model once, with its global layer number."""
-    return [(weight, layer) for _, weight, layer in model.rank_weights(Mapping(1))]
 
 
 def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, model: Model,
@@ -137,20 +125,24 @@ def halves(rows: torch.Tensor, head_size: int) -> torch.Tensor:
 
 def copy_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> None:
     """Copy the tokenizer's files; Llama 1 and 2 keep theirs in the parent directory."""
-    for directory, names in ((source, TOKENIZER_FILES), (source.resolve().parent, TOKENIZER_FILES[:1])):
-        found = [directory / name for name in names if (directory / name).is_file()]
-        if found:
-            for path in found:
-                shutil.copyfile(path, target / path.name)
-            return
-    say(f"no tokenizer in {source}: token ids go in and out, or give run --tokenizer-dir")
+    own = [source / name for name in TOKENIZER_FILES]
+    if not any((source / name).is_file() for name in TOKENIZERS):
+        own.append(source.resolve().parent / TOKENIZERS[0])
+    found = [path for path in own if path.is_file()]
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    if not end_ids(target) and (ends := end_ids(source)):  # in the source's config.json, which stays behind
+        write_json(target / "generation_config.json", {"eos_token_id": sorted(ends)})
+    if not any(path.name in TOKENIZERS for path in found):
+        say(f"no tokenizer in {source}: token ids go in and out, or give run --tokenizer-dir")
 
 
-def manifest(source: SourceCheckpoint, files: list[SafetensorsFile]) -> dict[str, object]:
+def manifest(source: SourceCheckpoint, checkpoint: CheckpointConfig, files: list[SafetensorsFile],
+             ) -> dict[str, object]:
     """What was written, so that a changed or torn file is found when it is loaded."""
     return {
         "tpllm": __version__, "source": {"kind": source.kind, "directory": str(source.directory.resolve())},
-        "digest": DIGEST,
+        "digest": DIGEST, "config": json_digest(checkpoint.to_json()),
         "ranks": {f.path.name: {"bytes": f.size, "fingerprint": fingerprint(f.digests), "tensors": f.digests}
                   for f in files},
     }

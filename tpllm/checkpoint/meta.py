@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tpllm.checkpoint.source import all_sources, check_names
 from tpllm.config import ModelConfig, RopeScaling
 from tpllm.errors import DataError, UsageError
 from tpllm.files import read_json
@@ -33,7 +34,7 @@ class MetaCheckpoint:
             raise UsageError(f"no such directory: {directory}")
         self.directory = directory
         self.notes: list[str] = []
-        self._model = model
+        self.model = model
         params = read_json(directory / "params.json", "a directory of Meta LLaMA weights")
         self.files = shard_files(directory)
         verify_checklist(directory)
@@ -65,7 +66,7 @@ class MetaCheckpoint:
             elif rope_factor is not None:
                 raise UsageError("--rope-scaling-factor is for models whose params.json says use_scaled_rope")
             return ModelConfig(
-                architecture=self._model.architecture,
+                architecture=self.model.architecture,
                 dtype=str(self._shards[0]["tok_embeddings.weight"].dtype).removeprefix("torch."),
                 vocab_size=self._vocab_size(params, dim), hidden_size=dim, num_hidden_layers=n_layers,
                 num_attention_heads=n_heads, num_key_value_heads=params.get("n_kv_heads") or n_heads,
@@ -116,22 +117,13 @@ class MetaCheckpoint:
 
     def _check_names(self) -> None:
         """Every shard must hold exactly the tensors of the model's table."""
-        expected = set()
-        for weights, layers in ((self._model.first_weights, [None]), (self._model.last_weights, [None]),
-                                (self._model.layer_weights, list(range(self.config.num_hidden_layers)))):
-            expected |= {self._name(s, layer) for w in weights for s in w.sources for layer in layers}
+        expected = {self._name(source, layer) for source, layer in all_sources(self.model(self.config))}
         if not any("output.weight" in shard for shard in self._shards):
             expected.discard("output.weight")
             self.notes.append("no output.weight: the embedding table is used for the head too (tied)")
         for path, shard in zip(self.files, self._shards, strict=True):
-            present = {name for name in shard if not name.endswith("rope.freqs")}
-            missing = sorted(expected - present)
-            if missing:
-                raise DataError(f"{path} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
-            extra = sorted(present - expected)
-            if extra:
-                raise DataError(f"{path} has {len(extra)} tensor(s) that {self._model.architecture} does not have: "
-                                f"{', '.join(extra[:5])}")
+            present = [name for name in shard if not name.endswith("rope.freqs")]
+            check_names(path, present, expected, self.model.architecture)
 
 
 def shard_files(directory: Path) -> list[Path]:

@@ -1,24 +1,28 @@
-"""TensorRT-LLM's checkpoint directory: `config.json`, `rank{N}.safetensors`, and a manifest of digests."""
+"""TensorRT-LLM's checkpoint directory: `config.json`, `rank{N}.safetensors`, and a manifest of digests.
+
+Only reading weights imports torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from tpllm.checkpoint.safetensors_file import tensor_bytes
 from tpllm.config import ModelConfig
 from tpllm.errors import DataError, UsageError
-from tpllm.files import DIGEST, digest, read_json
+from tpllm.files import DIGEST, digest, json_digest, read_json
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.sharding import local_shape
 
+if TYPE_CHECKING:
+    import torch
+
 MANIFEST = "manifest.json"
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' own
 
 
 def rank_file(rank: int) -> str:
@@ -41,18 +45,64 @@ class CheckpointConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
-        mapping = data.get("mapping") or {}
-        config = cls(ModelConfig.from_json(data), mapping.get("tp_size", 1), mapping.get("pp_size", 1))
-        world = mapping.get("world_size", config.tp_size * config.pp_size)
-        if world != config.tp_size * config.pp_size or mapping.get("cp_size", 1) != 1:
+        mapping, model = data.get("mapping") or {}, ModelConfig.from_json(data)
+        sizes = ([mapping.get(f"{kind}_size", 1) for kind in ("tp", "pp", "cp")] if isinstance(mapping, dict) else [])
+        if not sizes or any(type(n) is not int or n < 1 for n in sizes) or sizes[2] != 1 or mapping.get(
+                "world_size", sizes[0] * sizes[1]) != sizes[0] * sizes[1]:
             raise DataError(f"config.json: mapping {mapping} is not tp_size x pp_size ranks")
-        return config
+        if (problem := model.tp_problem(sizes[0])) or sizes[1] > model.num_hidden_layers:
+            raise DataError(f"config.json: mapping {mapping} does not fit the model: "
+                            f"{problem or f'it has {model.num_hidden_layers} layers'}")
+        return cls(model, sizes[0], sizes[1])
 
     @classmethod
     def load(cls, directory: Path) -> CheckpointConfig:
         if not directory.is_dir():
             raise UsageError(f"no such checkpoint directory: {directory}")
-        return cls.from_json(read_json(directory / "config.json", "a checkpoint directory"))
+        data = read_json(directory / "config.json", "a checkpoint directory")
+        written = (read_manifest(directory) or {}).get("config")
+        if written is not None and written != json_digest(data):
+            raise DataError(f"{directory / 'config.json'} is not what {MANIFEST} says was written; convert again, or, "
+                            f'if you changed it on purpose, remove "config" from {MANIFEST}')
+        return cls.from_json(data)
+
+
+def open_weights(path: Path, framework: str = "pt") -> safe_open:
+    """A safetensors file whose tensors are mapped when asked for; for headers alone, "numpy" does without torch."""
+    if not path.is_file():
+        raise DataError(f"{path.parent} lacks {path.name}")
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as e:
+        raise DataError(f"{path} ({path.stat().st_size} bytes) is torn: {e}") from None
+
+
+def read_header(file: safe_open) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor's dtype, in safetensors' spelling, and shape."""
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """What the converter wrote down; None in a checkpoint of another tool."""
+    path = directory / MANIFEST
+    return read_json(path, "a checkpoint directory") if path.is_file() else None
+
+
+def manifest_entry(directory: Path, mapping: Mapping) -> dict[str, Any] | None:
+    """The manifest's entry of one rank's file: `bytes`, `tensors` with their digests, `fingerprint` of them all."""
+    data, path = read_manifest(directory), directory / rank_file(mapping.rank)
+    if data is None:
+        return None
+    try:
+        entry = data["ranks"][path.name]
+        if (data["digest"] == DIGEST and entry["bytes"] == path.stat().st_size
+                and entry["fingerprint"] == fingerprint(entry["tensors"])):
+            return dict(entry)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise DataError(f"{directory / MANIFEST} does not describe {path.name} ({path.stat().st_size} bytes); "
+                    "copy or convert the checkpoint again")
 
 
 class RankCheckpoint:
@@ -60,59 +110,46 @@ class RankCheckpoint:
 
     def __init__(self, directory: Path, model: Model, mapping: Mapping) -> None:
         self.path = directory / rank_file(mapping.rank)
-        if not self.path.is_file():
-            raise DataError(f"{directory} lacks {self.path.name}")
-        try:
-            self._file = safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise DataError(f"{self.path} ({self.path.stat().st_size} bytes) is torn: {e}") from None
+        self._file = open_weights(self.path)
         self.shapes = {name: local_shape(weight, model.config, mapping)
                        for name, weight, _ in model.rank_weights(mapping)}
-        self._dtype = getattr(torch, model.config.dtype)
-        self._check_names()
-        self._manifest = self._read_manifest(directory)
+        self._check_header(DTYPE_NAMES[model.config.dtype])
+        self._manifest = manifest_entry(directory, mapping)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight in sorted order; each is compared with the manifest's digest."""
-        for name in sorted(self.shapes):
-            tensor = self._file.get_tensor(name)
-            if tensor.dtype != self._dtype or tuple(tensor.shape) != self.shapes[name]:
-                raise DataError(f"{self.path}: {name} is {tensor.dtype} {list(tensor.shape)}, config.json says "
-                                f"{self._dtype} {list(self.shapes[name])}")
-            yield name, tensor
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight, mapped from disk; compared with the manifest's digest."""
+        return self._read(name)[0]
 
     def load(self) -> tuple[dict[str, torch.Tensor], str]:
         """All weights, and the fingerprint of what was really read."""
-        weights, digests = dict(self.tensors()), {}
-        for name, tensor in weights.items():
-            digests[name] = digest(tensor_bytes(tensor))
-            if self._manifest and self._manifest["tensors"].get(name) != digests[name]:
-                raise DataError(f"{self.path}: {name} is not what {MANIFEST} says was written; "
-                                "copy or convert the checkpoint again")
-        return weights, fingerprint(digests)
+        found = {name: self._read(name) for name in sorted(self.shapes)}
+        return ({name: tensor for name, (tensor, _) in found.items()},
+                fingerprint({name: read for name, (_, read) in found.items()}))
 
     def fingerprint(self) -> str:
         """The fingerprint that the converter recorded, or, for a checkpoint without manifest, of the file itself."""
         return str(self._manifest["fingerprint"]) if self._manifest else self.load()[1]
 
-    def _check_names(self) -> None:
-        present = set(self._file.keys())
-        for names, verb in ((self.shapes.keys() - present, "lacks"), (present - self.shapes.keys(), "has unknown")):
+    def _read(self, name: str) -> tuple[torch.Tensor, str]:
+        from tpllm.checkpoint.safetensors_file import tensor_bytes
+
+        tensor = self._file.get_tensor(name)
+        read = digest(tensor_bytes(tensor))
+        if self._manifest and self._manifest["tensors"].get(name) != read:
+            raise DataError(f"{self.path}: {name} is not what {MANIFEST} says was written; "
+                            "copy or convert the checkpoint again")
+        return tensor, read
+
+    def _check_header(self, dtype: str) -> None:
+        header = read_header(self._file)
+        for names, verb in ((self.shapes.keys() - header.keys(), "lacks"),
+                            (header.keys() - self.shapes.keys(), "has unknown")):
             if names:
                 raise DataError(f"{self.path} {verb} tensor(s): {', '.join(sorted(names)[:5])}")
-
-    def _read_manifest(self, directory: Path) -> dict[str, Any] | None:
-        if not (directory / MANIFEST).is_file():
-            return None
-        data = read_json(directory / MANIFEST, "a checkpoint directory")
-        try:
-            entry = data["ranks"][self.path.name]
-            if data["digest"] == DIGEST and entry["bytes"] == self.path.stat().st_size and entry["tensors"]:
-                return dict(entry)
-        except (KeyError, TypeError, ValueError):
-            pass
-        raise DataError(f"{directory / MANIFEST} does not describe {self.path.name} "
-                        f"({self.path.stat().st_size} bytes); copy or convert the checkpoint again")
+        for name, shape in self.shapes.items():
+            if header[name] != (dtype, shape):
+                raise DataError(f"{self.path}: {name} is {header[name][0]} {list(header[name][1])}, config.json says "
+                                f"{dtype} {list(shape)}")
 
 
 def fingerprint(digests: dict[str, str]) -> str:

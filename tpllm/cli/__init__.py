@@ -9,7 +9,7 @@ import sys
 from tpllm import __version__
 from tpllm.errors import TpllmError
 
-VERBS = ("convert", "build", "run", "bench", "launch", "sbatch", "doctor", "demo")
+VERBS = ("convert", "build", "run", "batch", "eval", "bench", "launch", "sbatch", "doctor", "inspect", "verify", "demo")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def cached_engine(args: argparse.Namespace, world: World) -> Path:
     """The engine for this source, this number of ranks and these options; made now if there is none yet."""
     options = [__version__, str(world.size), args.dtype, args.backend, str(args.model_file)]
-    source: Path = args.meta_ckpt_dir or args.checkpoint_dir
+    source: Path = args.meta_ckpt_dir or args.hf_model_dir or args.checkpoint_dir
     key = world.broadcast(source_key(source, options))
     root = Path(setting("TPLLM_CACHE")).expanduser()
     checkpoint, engine = args.checkpoint_dir, root / f"{key}-engine"
     model = ["--model-file", str(args.model_file)] if args.model_file else []
     if checkpoint is None:
         checkpoint = root / f"{key}-checkpoint"
-        argv = ["--meta-ckpt-dir", str(source), "--output-dir", str(checkpoint), "--tp-size", str(world.size),
-                "--dtype", args.dtype, *model]
+        argv = ["--meta-ckpt-dir" if args.meta_ckpt_dir else "--hf-model-dir", str(source), "--output-dir",
+                str(checkpoint), "--tp-size", str(world.size), "--dtype", args.dtype, *model]
 
         def make_checkpoint() -> None:
             if world.is_first and not checkpoint.is_dir():

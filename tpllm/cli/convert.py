@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpllm.config import DTYPES
+from tpllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from tpllm.checkpoint.source import SourceCheckpoint
 
 HELP = "weights -> checkpoint directory (TensorRT-LLM's format), split for any number of ranks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--meta-ckpt-dir", type=Path, required=True, metavar="DIR",
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--meta-ckpt-dir", type=Path, metavar="DIR",
                         help="Meta's weights: params.json and consolidated.NN.pth")
+    source.add_argument("--hf-model-dir", "--model-dir", type=Path, metavar="DIR",
+                        help="Hugging Face's: config.json and model*.safetensors")
+    source.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
+                        help="TensorRT-LLM's: config.json and rankN.safetensors, to be split anew")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument("--tp-size", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline-parallel stages")
@@ -22,23 +32,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding-sharding-dim", type=int, choices=(0, 1), default=0,
                         help="along 0, the vocabulary, or 1, the hidden dimension")
     parser.add_argument("--rope-scaling-factor", type=float, metavar="F",
-                        help="for use_scaled_rope (default: 8, or 32 for the dimensions of Llama 3.2 1B and 3B)")
+                        help="for Meta's use_scaled_rope (default: 8, or 32 for the dimensions of Llama 3.2 1B and 3B)")
     parser.add_argument("--max-position-embeddings", type=int, metavar="N",
-                        help="context length (default: from the parameters, said aloud)")
+                        help="context length of Meta's weights (default: from the parameters, said aloud)")
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="a model of your own (see README)")
+
+
+def open_source(args: argparse.Namespace) -> SourceCheckpoint:
+    """The directory that one of the three options gives."""
+    from tpllm.checkpoint.hf import HfCheckpoint
+    from tpllm.checkpoint.meta import MetaCheckpoint
+    from tpllm.checkpoint.reshard import ShardedCheckpoint
+    from tpllm.models import MODELS, load_model_file
+
+    if args.meta_ckpt_dir:
+        model = load_model_file(args.model_file) if args.model_file else MODELS["LlamaForCausalLM"]
+        return MetaCheckpoint(args.meta_ckpt_dir, model, args.rope_scaling_factor, args.max_position_embeddings)
+    if args.rope_scaling_factor is not None or args.max_position_embeddings is not None:
+        raise UsageError("--rope-scaling-factor and --max-position-embeddings are for Meta's weights; this source's "
+                         "config.json says both")
+    return (HfCheckpoint(args.hf_model_dir, args.model_file) if args.hf_model_dir
+            else ShardedCheckpoint(args.checkpoint_dir, args.model_file))
 
 
 def work(args: argparse.Namespace) -> int:
     from tpllm.checkpoint.convert import ConvertOptions, convert
-    from tpllm.checkpoint.meta import MetaCheckpoint
-    from tpllm.models import MODELS, load_model_file
 
     started = time.perf_counter()
-    model = load_model_file(args.model_file) if args.model_file else MODELS["LlamaForCausalLM"]
-    source = MetaCheckpoint(args.meta_ckpt_dir, model, args.rope_scaling_factor, args.max_position_embeddings)
+    source = open_source(args)
     options = ConvertOptions(args.tp_size, args.pp_size, args.dtype, args.use_parallel_embedding,
                              args.embedding_sharding_dim)
-    checkpoint = convert(source, model, args.output_dir, options, lambda text: print(f"convert: {text}"))
+    checkpoint = convert(source, args.output_dir, options, lambda text: print(f"convert: {text}"))
     files = sorted(args.output_dir.glob("rank*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     print(f"convert: {len(source.files)} shard(s) of {checkpoint.model.architecture} -> {len(files)} rank file(s) in "

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tpllm.answer import GenerationOutput
     from tpllm.distributed import World
     from tpllm.launch.console import ConsoleLines
+    from tpllm.runner import ModelRunner
 
 PROMPT = "> "
 
@@ -18,15 +20,38 @@ def wants_lines(args: argparse.Namespace) -> bool:
     return args.input_text is None and args.input_file is None
 
 
-def converse(world: World, answer: Callable[[str], object]) -> None:
-    """Answer line after line, on every rank, until the end of the input or `/quit`."""
+class Conversation:
+    """What user and model have said; rank 0 has it."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._messages: list[dict[str, str]] = []
+
+    def answer(self, line: str, generate: Callable[[str | list[int]], list[GenerationOutput]]) -> None:
+        """Generate what the model says to `line`; a failure leaves the conversation as it was. Collective."""
+        from tpllm.inputs import Request
+
+        if line.strip() == "/new":
+            self._messages.clear()
+            return
+        asked = [*self._messages, {"role": "user", "content": line}]
+        request = Request(0, "", {}, messages=asked if self._runner.world.is_first else None)
+        chat = self._runner.world.together("chat", lambda: request.templated(self._runner.tokenizer))
+        for output in generate(chat.prompt):
+            self._messages = [*asked, {"role": "assistant", "content": output.outputs[0].text or ""}]
+
+
+def converse(world: World, generate: Callable[[str | list[int]], list[GenerationOutput]],
+             conversation: Conversation | None) -> None:
+    """Answer line after line, on every rank, until the end of the input or `/quit`; each alone if there is no chat."""
     from tpllm.distributed import SharedError
     from tpllm.errors import InterruptedRun
     from tpllm.launch.console import ConsoleLines
 
     lines = world.together("console", lambda: ConsoleLines() if world.is_first else None)
     if lines and lines.is_terminal:
-        print("run: type a prompt; an empty line is ignored, /quit or Ctrl-D ends", flush=True)
+        new = ", /new begins another conversation" if conversation else ""
+        print(f"run: type a prompt; an empty line is ignored{new}, /quit or Ctrl-D ends", flush=True)
     while True:
         line = next_line(world, lines) if lines else None
         world.barrier()  # the others sleep in it for as long as a user thinks; a broadcast would keep their cores busy
@@ -34,7 +59,7 @@ def converse(world: World, answer: Callable[[str], object]) -> None:
         if line is None:
             break
         try:
-            answer(line)
+            conversation.answer(line, generate) if conversation else generate(line)
         except SharedError as e:  # such as a prompt that is too long
             world.say(f"tpllm: {e}")
     if world.broadcast(world.draining):

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with --engine-dir: its weights, if they were moved; without: build into a cache and run")
     parser.add_argument("--meta-ckpt-dir", type=Path, metavar="DIR",
                         help="Meta's weights in place of an engine: convert and build into a cache and run")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of --meta-ckpt-dir's engine")
+    parser.add_argument("--hf-model-dir", "--model-dir", type=Path, metavar="DIR",
+                        help="Hugging Face's weights, likewise")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of an engine made from weights")
     parser.add_argument("--backend", choices=tuple(BACKENDS), default=BuildConfig().backend,
                         help="of an engine built into the cache")
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="a model of your own, for the same")
@@ -46,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=".txt one prompt a line, .jsonl, .csv or .npy of token ids")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write prompts, tokens and text here")
     parser.add_argument("--streaming", action="store_true", help="print text as it is generated")
+    parser.add_argument("--chat", action="store_true",
+                        help="put each text into the model's chat template; typed lines are one conversation")
     add_sampling_arguments(parser)
     add_rank_arguments(parser)
 
@@ -58,7 +62,6 @@ def run(args: argparse.Namespace, world: World) -> int:
     """The verb, on every rank."""
     from tpllm.distributed import SharedError
     from tpllm.errors import InterruptedRun
-    from tpllm.inputs import Request
     from tpllm.runner import ModelRunner
 
     requests, params = world.together("input", lambda: read_input(args) if world.is_first else ([], []))
@@ -67,17 +70,20 @@ def run(args: argparse.Namespace, world: World) -> int:
     runner = ModelRunner.from_dir(engine_dir, args.tokenizer_dir, args.checkpoint_dir, world)
     loaded = time.perf_counter()
     if interactive.wants_lines(args):
-        interactive.converse(world, lambda line: stream(runner, [Request(0, line, {})], params))
+        interactive.converse(world, lambda prompt: stream(runner, [prompt], params, []),
+                             interactive.Conversation(runner) if args.chat else None)
         return 0
-    prompts = [request.prompt for request in requests]
+    chats = world.together("chat", lambda: [request.templated(runner.tokenizer) for request in requests])
+    prompts = [request.prompt for request in chats]
+    said = [request.prompt or prompt for request, prompt in zip(requests, prompts, strict=True)]
     if args.streaming:
-        outputs = stream(runner, requests, params)
+        outputs = stream(runner, prompts, params, said)
     else:
         outputs = runner.generate(prompts, params)
     seconds = time.perf_counter() - loaded
     if world.is_first:
-        for output, request in zip(outputs, requests, strict=True):
-            output.id = request.id
+        for output, request, text in zip(outputs, requests, said, strict=True):
+            output.id, output.prompt = request.id, text if isinstance(text, str) else None  # not as templated
         report(outputs, args)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         print(f"run: {len(outputs)} prompt(s), {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s) on "
@@ -92,10 +98,12 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
     from tpllm.errors import DataError, UsageError
     from tpllm.inputs import Request, read_requests
 
-    if args.meta_ckpt_dir and (args.engine_dir or args.checkpoint_dir):
-        raise UsageError("--meta-ckpt-dir goes without --engine-dir and --checkpoint-dir")
-    if not (args.meta_ckpt_dir or args.engine_dir or args.checkpoint_dir):
-        raise UsageError("give --engine-dir DIR, or weights in its place: --meta-ckpt-dir or --checkpoint-dir DIR")
+    weights = [args.meta_ckpt_dir, args.hf_model_dir, args.engine_dir or args.checkpoint_dir]
+    if sum(directory is not None for directory in weights) > 1:
+        raise UsageError("--meta-ckpt-dir and --hf-model-dir go without each other, --engine-dir and --checkpoint-dir")
+    if not any(weights):
+        raise UsageError("give --engine-dir DIR, or weights in its place: --meta-ckpt-dir, --hf-model-dir or "
+                         "--checkpoint-dir DIR")
     if interactive.wants_lines(args) and CONSOLE not in os.environ:
         raise UsageError("give --input-text TEXT or --input-file FILE; for a prompt to type at: tpllm launch run …")
     if interactive.wants_lines(args) and args.output_json:
@@ -105,6 +113,9 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
         requests = read_requests(args.input_file)
     else:
         requests = [Request(i, text, {}) for i, text in enumerate(args.input_text or [""])]
+    if args.chat:
+        requests = [replace(r, messages=[{"role": "user", "content": r.prompt}])
+                    if isinstance(r.prompt, str) and r.messages is None else r for r in requests]
     params = []
     for request in requests:
         try:
@@ -114,15 +125,16 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
     return requests, params
 
 
-def stream(runner: ModelRunner, requests: list[Request], params: list[SamplingParams]) -> list[GenerationOutput]:
+def stream(runner: ModelRunner, prompts: list[str | list[int]], params: list[SamplingParams],
+           said: list[str | list[int]]) -> list[GenerationOutput]:
     """Generate, printing a single prompt's text as it comes; of several, each answer when it ends."""
-    results = runner.collector([request.prompt for request in requests], params)
+    results = runner.collector(prompts, params)
     for event in results:
-        if len(requests) == 1:
+        if len(prompts) == 1:
             piece = event.text if event.text is not None else f"{event.token_id} "
             print(piece, end="\n" if event.finish_reason else "", flush=True)
         elif event.finish_reason:
-            print_answer(event.index, results.outputs[event.index])
+            print_answer(event.index, said[event.index], event.answer)
     return results.outputs
 
 
@@ -132,15 +144,13 @@ def report(outputs: list[GenerationOutput], args: argparse.Namespace) -> None:
 
     if not args.streaming:
         for i, output in enumerate(outputs):
-            print_answer(i, output)
+            print_answer(i, output.prompt_token_ids if output.prompt is None else output.prompt, output)
     if args.output_json:
-        partial = args.output_json.with_name(args.output_json.name + ".partial")
-        write_json(partial, [output.to_json() for output in outputs])
-        partial.replace(args.output_json)
+        write_json(args.output_json, [output.to_json() for output in outputs])
 
 
-def print_answer(number: int, output: GenerationOutput) -> None:
+def print_answer(number: int, prompt: str | list[int], output: GenerationOutput) -> None:
     """In TensorRT-LLM's words; token ids where there is no text."""
     answer = output.outputs[0]
-    print(f'Input [Text {number}]: "{output.prompt if output.prompt is not None else output.prompt_token_ids}"')
+    print(f'Input [Text {number}]: "{prompt}"')
     print(f'Output [Text {number}]: "{answer.text if answer.text is not None else answer.token_ids}"', flush=True)

@@ -39,6 +39,8 @@ def work(args: argparse.Namespace) -> int:
     verb = parse_verb(args.batch_verb, args.rest)
     given = {f.name: value for f in fields(BatchOptions) if (value := getattr(args, f.name)) is not None}
     options = BatchOptions(**(read_profile(args.profile) | given))
+    if options.requeue and args.batch_verb == "batch" and "--resume" not in args.rest:
+        raise UsageError("--requeue starts the job again, which then finds its output: add --resume after batch")
     ranked = args.batch_verb in RANKED
     model, _ = read_model(getattr(verb, "engine_dir", None), getattr(verb, "checkpoint_dir", None))
     options = with_tasks(options, tp_size(model) if ranked else None)

@@ -70,14 +70,19 @@ class EngineConfig:
         data = read_json(directory / "config.json", "an engine directory")
         try:
             known = {f.name for f in fields(BuildConfig)}
-            return cls(
+            config = cls(
                 model=ModelConfig.from_json(data["pretrained_config"]),
                 build=BuildConfig(**{k: v for k, v in data["build_config"].items() if k in known}),
                 tp_size=data["pretrained_config"]["mapping"]["tp_size"],
                 checkpoint_dir=data["weights"]["checkpoint_dir"], versions=data["versions"],
                 weights_in_engine=data["weights"]["in_engine"])
+            words = [config.build.backend, config.build.device, config.checkpoint_dir, config.versions["torch"],
+                     config.versions["tpllm"]]
+            if not all(type(word) is str for word in words) or type(config.tp_size) is not int:
+                raise TypeError(f"one of {[*words, config.tp_size]} is of another kind")
         except (KeyError, TypeError, AttributeError) as e:
             raise DataError(f"{directory}/config.json is not an engine's: {type(e).__name__}: {e}") from None
+        return config
 
     def digest(self) -> str:
         """Of everything the compiled code depends on; kept in each rank's engine and compared at load."""
