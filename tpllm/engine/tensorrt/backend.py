@@ -65,13 +65,13 @@ def nccl_version() -> str:
 
 def found_here(world: World) -> dict[str, str]:
     """What plans of this rank are made for: versions, and the GPU, which becomes the current one."""
-    from_here = {"tensorrt": tensorrt_version()}
+    found = {"tensorrt": tensorrt_version()}
     from tpllm.engine.tensorrt import runtime
 
-    from_here["gpu"] = runtime.take_gpu(world).architecture
+    found["gpu"] = runtime.take_gpu(world).architecture
     if world.size > 1:
-        from_here["nccl"] = nccl_version()
-    return from_here
+        found["nccl"] = nccl_version()
+    return found
 
 
 class TensorrtBackend(Backend):
