@@ -108,7 +108,7 @@ class World:
         """Name what this rank does from now on, for messages about it and its log."""
         self.log.write(stage)
         if self._heartbeat:
-            self._heartbeat.stage = stage
+            self._heartbeat.enter(stage)
 
     def together(self, stage: str, work: Callable[[], R]) -> R:
         """Run `work` on every rank; if it fails on any with an error of ours, all raise that same error."""

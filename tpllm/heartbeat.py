@@ -137,6 +137,11 @@ class Heartbeat:
         for peer in self._peers:
             peer.send(message)
 
+    def enter(self, stage: str) -> None:
+        """What this rank does from now on; told at once, as it may die of it before the next beat."""
+        self.stage = stage
+        self.tell(stage=stage)
+
     def leave(self) -> None:
         """This rank is done: its silence means nothing from now on."""
         self._stop.set()
