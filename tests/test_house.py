@@ -30,6 +30,7 @@ PARTS = {
     "sbatch": ("launch.sbatch", "cli.sbatch"),
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "verify": ("checkpoint.verify", "cli.inspect", "cli.verify"),
+    "tensorrt": ("engine.tensorrt",),
 }
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
@@ -136,6 +137,9 @@ def importers(library: str) -> set[str]:
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
     ("tokenizers", {"tpllm.tokenizer"}), ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
     ("jinja2", {"tpllm.chat"}), ("rouge_score", {"tpllm.evaluate"}),
+    ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
+    ("tensorrt", {f"tpllm.engine.tensorrt.{name}" for name in ("backend", "lowering", "messages", "plan", "runtime")}),
+    ("nccl", {"tpllm.engine.tensorrt.backend", "tpllm.engine.tensorrt.runtime"}),
 ])  # fmt: skip
 def test_a_library_is_imported_in_its_home_only(library: str, home: set[str]) -> None:
     assert importers(library) == home

@@ -280,6 +280,14 @@ def test_nothing_to_do_is_none() -> None:
     assert scheduler_of((10, 2, 4)).next_step() is None
 
 
+def test_arena_gives_out_whole_units() -> None:
+    """Where an engine has slots, every run is one, or several side by side."""
+    arena = Arena(40, unit=10)
+    assert [arena.take(length) for length in (10, 1, 11, 1)] == [0, 10, 20, None]
+    arena.give_back(10)
+    assert [arena.take(length) for length in (11, 7)] == [None, 10]
+
+
 @given(data=st.data(), capacity=st.integers(1, 60))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_arena_gives_out_free_rows_first_fit(data: st.DataObject, capacity: int) -> None:

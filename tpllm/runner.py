@@ -123,7 +123,7 @@ class ModelRunner:
         world = self.world
         started = (Answer(job, self.tokenizer).branches for job in source)
         admitted = itertools.takewhile(lambda _: not world.draining, started)
-        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, MAX_STEP_TOKENS, admitted)
+        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, MAX_STEP_TOKENS, admitted, self.engine.unit)
         end: StepInput | None = None
         until = float("inf")
         try:

@@ -9,18 +9,19 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from tpllm.engine.base import StepInput
+from tpllm.mapping import padded
 
 
 class Arena:
-    """Rows of the KV cache, given out in contiguous runs, first fit."""
+    """Rows of the KV cache, given out in contiguous runs of whole `unit`s, first fit."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, unit: int = 1) -> None:
+        self.capacity, self.unit = capacity, unit
         self._runs: list[tuple[int, int]] = []  # (start, stop) in use, sorted
 
     def take(self, length: int) -> int | None:
-        """First row of a free run of `length` rows, or None when there is none now."""
-        start = 0
+        """First row of a free run of at least `length` rows, or None when there is none now."""
+        start, length = 0, padded(length, self.unit)
         for i, (used_start, used_stop) in enumerate(self._runs):
             if used_start - start >= length:
                 self._runs.insert(i, (start, start + length))
@@ -58,16 +59,17 @@ Work = tuple[StepInput, list[tuple[S, slice]]]
 class Scheduler(Generic[S]):
     """Admits groups of sequences in order, each as soon as cache rows for all of it are free.
 
-    `source` is asked for the next group only when there may be room for it. A step holds at most
-    `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
+    `source` is asked for the next group only when there may be room for it; `unit` is the engine's. A step holds at
+    most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
     """
 
-    def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, source: Iterator[list[S]]) -> None:
+    def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, source: Iterator[list[S]],
+                 unit: int = 1) -> None:
         self.max_batch_size, self.max_step_tokens = max_batch_size, max_step_tokens
         self.running: list[S] = []
         self._source = source
         self._next: list[S] | None = None  # came from the source, waits for room
-        self._arena = Arena(capacity)
+        self._arena = Arena(capacity, unit)
         self._copies: list[tuple[int, int, int]] = []
 
     def next_step(self) -> Work[S] | None:

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint-dir", type=Path, required=True, metavar="DIR", help="made by tpllm convert")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the engines go")
     parser.add_argument("--backend", choices=tuple(BACKENDS), default=limits.backend,
-                        help="inductor: compiled ahead of time; eager: uncompiled, needs no C++ compiler")
+                        help="inductor: compiled ahead of time; eager: uncompiled, needs no C++ compiler; tensorrt: "
+                             "TensorRT's native layers, for GPUs")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default=limits.device, help="where engines run")
     parser.add_argument("--max-batch-size", type=int, default=limits.max_batch_size, help="sequences at a time")
     parser.add_argument("--max-input-len", type=int, metavar="N",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 from tpllm.distributed import World
@@ -16,6 +15,7 @@ from tpllm.mapping import Mapping
 BACKENDS = {
     "inductor": "tpllm.engine.torch.inductor:InductorBackend",
     "eager": "tpllm.engine.torch.eager:EagerBackend",
+    "tensorrt": "tpllm.engine.tensorrt.backend:TensorrtBackend",
 }
 
 
@@ -32,9 +32,7 @@ def build_engines(config: EngineConfig, directory: Path, checkpoint_dir: Path | 
                   model_file: Path | None = None) -> EngineConfig:
     """Write the engine directory; without a checkpoint, for random weights. The config as built; collective."""
     backend = find_backend(config.build.backend)
-    # Engines are code for one kind of device, so `auto` ends here.
-    device = world.together("build", lambda: backend.choose_device(config.build.device, world))
-    config = replace(config, build=replace(config.build, device=device))
+    config = backend.settle(config, world)
     with contextlib.ExitStack() as stack:
         # Rank 0 owns the directory: it makes the partial one, all write into it, and its rename ends the build.
         opened = world.together("build", lambda: stack.enter_context(output_dir(directory)) if world.is_first else None)

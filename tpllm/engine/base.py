@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping as TypingMapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 META = "engine.json"
+RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class EngineConfig:
     tp_size: int
     checkpoint_dir: str
     versions: dict[str, str]
+    weights_in_engine: bool = False  # or engines are code only, and the weights stay in the checkpoint
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,8 +59,7 @@ class EngineConfig:
             "pretrained_config": self.model.to_json() | {"mapping": {
                 "world_size": self.tp_size, "tp_size": self.tp_size, "pp_size": 1}},
             "build_config": asdict(self.build),
-            # The engines of these backends are code only: the weights stay in the checkpoint.
-            "weights": {"in_engine": False, "checkpoint_dir": self.checkpoint_dir},
+            "weights": {"in_engine": self.weights_in_engine, "checkpoint_dir": self.checkpoint_dir},
             "versions": self.versions,
         }
 
@@ -72,7 +74,8 @@ class EngineConfig:
                 model=ModelConfig.from_json(data["pretrained_config"]),
                 build=BuildConfig(**{k: v for k, v in data["build_config"].items() if k in known}),
                 tp_size=data["pretrained_config"]["mapping"]["tp_size"],
-                checkpoint_dir=data["weights"]["checkpoint_dir"], versions=data["versions"])
+                checkpoint_dir=data["weights"]["checkpoint_dir"], versions=data["versions"],
+                weights_in_engine=data["weights"]["in_engine"])
             words = [config.build.backend, config.build.device, config.checkpoint_dir, config.versions["torch"],
                      config.versions["tpllm"]]
             if not all(type(word) is str for word in words) or type(config.tp_size) is not int:
@@ -122,6 +125,7 @@ class Engine(Protocol):
 
     config: EngineConfig
     capacity: int  # rows of the cache arena
+    unit: int  # sequences own runs of this many rows, or of a multiple of it, beginning at a multiple of it
 
     def step(self, step: StepInput) -> torch.Tensor:
         """Float32 logits `[R, vocab]`, whole on every rank, on the engine's device."""
@@ -132,6 +136,11 @@ class Backend(Protocol):
 
     def choose_device(self, name: str, world: World) -> str:
         """`cuda` or `cpu`: what `--device` means in this launch, `auto` included; collective."""
+
+    def settle(self, config: EngineConfig, world: World) -> EngineConfig:
+        """`config` with what only the launch tells: engines are code for one kind of device; collective."""
+        device = world.together("build", lambda: self.choose_device(config.build.device, world))
+        return replace(config, build=replace(config.build, device=device))
 
     def build(self, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None, out: Path, world: World,
               model_file: Path | None) -> None:
@@ -146,7 +155,7 @@ def engine_file(rank: int) -> str:
     return f"rank{rank}.engine"
 
 
-def write_engine(path: Path, meta: RankEngine, members: dict[str, bytes]) -> None:
+def write_engine(path: Path, meta: RankEngine, members: TypingMapping[str, bytes | memoryview]) -> None:
     """A zip of the description and the backend's own members; each member's CRC is checked when it is read."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(META, json.dumps(asdict(meta), indent=2))

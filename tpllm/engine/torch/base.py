@@ -13,6 +13,7 @@ import torch
 from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.distributed import World
 from tpllm.engine.base import (
+    RANDOM,
     EngineConfig,
     RankEngine,
     StepInput,
@@ -29,7 +30,6 @@ from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
 Step = Callable[..., torch.Tensor]
-RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
 MODEL_FILE = "model.py"  # in an engine file: the definition of a model from outside the package
 
 
@@ -41,6 +41,8 @@ def use_threads(world: World) -> None:
 
 class TorchEngine:
     """One rank's program with its weights and cache arena; `program` takes `StepProgram.forward`'s arguments."""
+
+    unit = 1
 
     def __init__(self, config: EngineConfig, program: Step, cache: torch.Tensor) -> None:
         self.config = config

@@ -33,6 +33,8 @@ class Captured(NamedTuple):
 class CudaEngine:
     """`mixed` takes `StepProgram.forward`'s arguments, `one` those of `DecodeProgram.forward`."""
 
+    unit = 1
+
     def __init__(self, config: EngineConfig, mixed: Step, one: Step, device: torch.device) -> None:
         self.config = config
         build = config.build

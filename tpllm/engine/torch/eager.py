@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tpllm.distributed import World
-from tpllm.engine.base import EngineConfig
+from tpllm.engine.base import Backend, EngineConfig
 from tpllm.engine.torch.base import (
     TorchEngine,
     count_collectives,
@@ -19,7 +19,7 @@ from tpllm.engine.torch.device import choose_device
 from tpllm.mapping import Mapping
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     """An engine is the description alone, and the model's file when it is not one of the package's."""
 
     choose_device = staticmethod(choose_device)

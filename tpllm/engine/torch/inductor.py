@@ -11,7 +11,7 @@ import torch
 
 from tpllm.compiler import find_compiler
 from tpllm.distributed import World
-from tpllm.engine.base import Engine, EngineConfig, build_command, engine_file, read_engine
+from tpllm.engine.base import Backend, Engine, EngineConfig, build_command, engine_file, read_engine
 from tpllm.engine.torch.base import (
     PreparedRank,
     TorchEngine,
@@ -34,7 +34,7 @@ ISA = "cpu-features"
 Graph = torch.export.ExportedProgram
 
 
-class InductorBackend:
+class InductorBackend(Backend):
     """Ranks of one host whose graphs are equal compile once; the others copy the result."""
 
     choose_device = staticmethod(choose_device)
