@@ -137,7 +137,6 @@ def importers(library: str) -> set[str]:
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
     ("tokenizers", {"tpllm.tokenizer"}), ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
     ("jinja2", {"tpllm.chat"}), ("rouge_score", {"tpllm.evaluate"}),
-    ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
     ("tensorrt", {f"tpllm.engine.tensorrt.{name}" for name in ("backend", "lowering", "messages", "plan", "runtime")}),
     ("nccl", {"tpllm.engine.tensorrt.backend", "tpllm.engine.tensorrt.runtime"}),
 ])  # fmt: skip
