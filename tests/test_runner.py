@@ -1,7 +1,9 @@
 """Generation on one rank: what is asked for, what comes, and when it ends."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from makers import LLAMA2_MHA, LLAMA31_GQA, NAMED_SHAPES
 
 from tpllm.answer import Completion, GenerationOutput, Job, TextStream
+from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
 from tpllm.errors import TpllmError
 from tpllm.sampling import SamplingParams
@@ -353,6 +356,22 @@ def test_beams_are_those_of_transformers(beams: int, options: dict[str, Any], bu
             assert answer.score == pytest.approx(float(score), abs=1e-4)
             assert answer.finish_reason == ("stop" if answer.token_ids[-1] == options.get("end_id") else "length")
         assert greedy.outputs[0].token_ids == built.reference.greedy(prompt, 12)
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("texts", [["2 plus 3 is"], ["2 plus 3 is", "Count from three to seven:"]])
+def test_run_prints_every_answer(texts: list[str], streaming: list[str], demo: Built, tmp_path: Path,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-output-len", "6", "--num-beams", "3", "--num-return-sequences", "2", *streaming]
+    assert main(["run", "--engine-dir", str(demo.engine), "--input-text", *texts, *options, "--output-json",
+                 str(tmp_path / "out.json")]) == 0
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    expected = demo.runner.generate(texts, SamplingParams(max_output_len=6, num_beams=3, num_return_sequences=2))
+    assert found == [output.to_json() for output in expected]
+    for i, output in enumerate(found):
+        assert len(output["outputs"]) == 2
+        assert all(f'Output [Text {i} Seq {k}]: "{o["text"]}"' in printed for k, o in enumerate(output["outputs"]))
+    assert f"{sum(len(o['token_ids']) for output in found for o in output['outputs'])} tokens in" in printed
 
 
 def test_bad_words_do_not_come(demo: Built) -> None:

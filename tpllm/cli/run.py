@@ -85,11 +85,11 @@ def run(args: argparse.Namespace, world: World) -> int:
         for output, request, text in zip(outputs, requests, said, strict=True):
             output.id, output.prompt = request.id, text if isinstance(text, str) else None  # not as templated
         report(outputs, args)
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
         print(f"run: {len(outputs)} prompt(s), {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s) on "
               f"{world.size} rank(s); engine loaded in {loaded - started:.2f} s")
     if world.broadcast(world.draining):
-        raise SharedError("interrupted by SIGUSR1: the answers above are not all finished", InterruptedRun.exit_code)
+        raise SharedError("interrupted: the answers above are not all finished", InterruptedRun.exit_code)
     return 0
 
 
@@ -127,13 +127,13 @@ def read_input(args: argparse.Namespace) -> tuple[list[Request], list[SamplingPa
 
 def stream(runner: ModelRunner, prompts: list[str | list[int]], params: list[SamplingParams],
            said: list[str | list[int]]) -> list[GenerationOutput]:
-    """Generate, printing a single prompt's text as it comes; of several, each answer when it ends."""
+    """Generate, printing a single answer's text as it comes; of several, a prompt's answers when all have ended."""
     results = runner.collector(prompts, params)
     for event in results:
-        if len(prompts) == 1:
+        if len(prompts) == 1 and len(event.answer.outputs) == 1:
             piece = event.text if event.text is not None else f"{event.token_id} "
             print(piece, end="\n" if event.finish_reason else "", flush=True)
-        elif event.finish_reason:
+        elif event.last:
             print_answer(event.index, said[event.index], event.answer)
     return results.outputs
 
@@ -151,6 +151,8 @@ def report(outputs: list[GenerationOutput], args: argparse.Namespace) -> None:
 
 def print_answer(number: int, prompt: str | list[int], output: GenerationOutput) -> None:
     """In TensorRT-LLM's words; token ids where there is no text."""
-    answer = output.outputs[0]
     print(f'Input [Text {number}]: "{prompt}"')
-    print(f'Output [Text {number}]: "{answer.text if answer.text is not None else answer.token_ids}"', flush=True)
+    for i, answer in enumerate(output.outputs):
+        which = f" Seq {i}" if len(output.outputs) > 1 else ""
+        print(f'Output [Text {number}{which}]: "{answer.text if answer.text is not None else answer.token_ids}"',
+              flush=True)
