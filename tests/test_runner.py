@@ -187,6 +187,11 @@ def test_prompts_that_cannot_be(prompt: Any, code: int, words: list[str], build:
         assert word in message
 
 
+@pytest.mark.parametrize("words", [{"stop_words": ("a",)}, {"bad_words": ("a",)}], ids=str)
+def test_words_without_a_tokenizer_are_refused(words: dict[str, Any], build: Build) -> None:
+    assert "need a tokenizer" in generation_refusal(build(LLAMA2_MHA), 2, [[1]], SamplingParams(**words))
+
+
 def test_one_sampling_for_each_prompt_or_one_for_all(build: Build) -> None:
     message = generation_refusal(build(LLAMA2_MHA), 2, [[1], [2]], [SamplingParams(max_output_len=2)])
     assert "2 prompts and 1 sampling parameters" in message

@@ -102,7 +102,7 @@ class TextStream:
 
 
 class Completion:
-    """Collects the tokens of one answer; with `ended` it is told from outside when the last one has come."""
+    """Collects the tokens of one answer, and tells which was its last."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer | None, end_ids: frozenset[int]) -> None:
         self.output = CompletionOutput(text="" if tokenizer else None,
@@ -148,7 +148,6 @@ class Answer:
         self.end_ids = frozenset() if p.ignore_eos else ends if p.end_id is None else frozenset({p.end_id})
         self.bad_words = bad_word_ids(p.bad_words, tokenizer.encode) if tokenizer else ()
         self.branches = [Branch(self, number) for number in range(job.width)]
-        self._tokenizer = tokenizer
         self._completions = [Completion(job, tokenizer, self.end_ids) for _ in range(p.num_return_sequences)]
         self._search = BeamSearch(self.branches[0].row, self.branches[0].max_len) if p.num_beams > 1 else None
         self._beams = self.branches[:1]  # the search's live beams in its order

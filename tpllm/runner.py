@@ -97,6 +97,8 @@ class ModelRunner:
         ids, vocab = self._encode(prompt, index), self.engine.config.model.vocab_size
         if not ids:
             raise DataError(f"prompt {index} has no tokens")
+        if (params.stop_words or params.bad_words) and self.tokenizer is None:
+            raise UsageError("--stop-words and --bad-words need a tokenizer, this model has none: give --tokenizer-dir")
         if beyond := [i for i in params.allowed_token_ids if i >= vocab]:
             raise DataError(f"prompt {index} allows token id {beyond[0]}; the vocabulary is 0 to {vocab - 1}")
         job = Job(index, prompt if isinstance(prompt, str) else None, ids, params)
