@@ -233,6 +233,39 @@ def test_conversion_is_reproducible_and_independent_of_the_source_shards(tmp_pat
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out8" / name).read_bytes()
 
 
+@pytest.mark.parametrize("shape", [LLAMA31_GQA, TIED], ids=["gqa", "tied"])
+def test_the_number_of_workers_changes_nothing(shape: Shape, tmp_path: Path) -> None:
+    source = make_meta_dir(tmp_path / "meta", shape, shards=2)
+    for workers in ("1", "2", "7"):
+        assert convert(source, tmp_path / workers, "--tp-size", "2", "--workers", workers, *CONTEXT) == 0
+    for path in sorted((tmp_path / "1").iterdir()):
+        assert {(tmp_path / workers / path.name).read_bytes() for workers in ("2", "7")} == {path.read_bytes()}
+
+
+@pytest.mark.parametrize(("workers", "words"), [("3", "type --workers 2"), ("8", "type --workers 2")])
+def test_too_little_memory_for_the_workers(workers: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker holds the largest weight and a rank's slice of it: here the table of the vocabulary, in float32."""
+    source = make_meta_dir(tmp_path / "meta", LLAMA31_GQA)
+    full = load_file_bytes(source)
+    monkeypatch.setattr("tpllm.checkpoint.convert.memory_limit", lambda: (2 * 2 * full + 1, "the test's limit"))
+    assert convert(source, tmp_path / "out", "--workers", workers, *CONTEXT) == 10
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setattr("tpllm.checkpoint.convert.memory_limit", lambda: (2 * full - 1, "the test's limit"))
+    assert convert(source, tmp_path / "out", "--workers", "1", *CONTEXT) == 10
+    assert "use a host with more" in capsys.readouterr().err
+    monkeypatch.setattr("tpllm.checkpoint.convert.memory_limit", lambda: (2 * 2 * full, "the test's limit"))
+    assert convert(source, tmp_path / "out", "--workers", "2", *CONTEXT) == 0
+    assert f"up to {4 * full / 2**30:.2f} GiB of memory for 2 worker(s)" in capsys.readouterr().out
+
+
+def load_file_bytes(source: Path) -> int:
+    """Of the largest weight of a Meta directory with one shard; attention's three count as one."""
+    weights = torch.load(source / "consolidated.00.pth", weights_only=True)
+    merged = sum(weights[f"layers.0.attention.w{name}.weight"].nbytes for name in "qkv")
+    return max(merged, *(tensor.nbytes for tensor in weights.values()))
+
+
 @pytest.mark.parametrize("place", ["own", "parent", "both", "none"])
 def test_the_tokenizer_comes_along(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = MODEL_DIR / "tokenizer.model" if place in ("own", "both") else None
@@ -514,6 +547,7 @@ def test_heads_that_do_not_divide_list_the_sizes_that_work(tp: int, refused: Ref
 @pytest.mark.parametrize(("options", "words"), [
     (("--tp-size", "0"), "--tp-size and --pp-size start at 1"),
     (("--pp-size", "0"), "--tp-size and --pp-size start at 1"),
+    (("--workers", "0"), "--workers is 0; it starts at 1"),
     (("--pp-size", "3"), "--pp-size 3 is more than the model's 2 layers"),
     (("--rope-scaling-factor", "8"), "--rope-scaling-factor is for models whose params.json says use_scaled_rope"),
     (("--model-file", "/nowhere/model.py"), "no such model file: /nowhere/model.py"),

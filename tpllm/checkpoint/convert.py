@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +17,12 @@ from tpllm.checkpoint.rank import MANIFEST, CheckpointConfig, fingerprint, rank_
 from tpllm.checkpoint.safetensors_file import SafetensorsFile
 from tpllm.checkpoint.source import SourceCheckpoint, source_weights
 from tpllm.config import ModelConfig
-from tpllm.errors import UsageError
+from tpllm.errors import PreflightError, UsageError
 from tpllm.files import DIGEST, json_digest, output_dir, require_space, write_json
+from tpllm.launched import memory_limit
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import Source, Weight, local_shape, shard
+from tpllm.sharding import Source, Weight, full_shape, local_shape, shard
 from tpllm.tokenizer import end_ids
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -28,22 +31,27 @@ TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.jso
                    "chat_template.jinja", "chat_template.json")
 
 
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How a checkpoint is split; `dtype` "auto" keeps the source's."""
+    """How a checkpoint is split, by how many threads; `dtype` "auto" keeps the source's."""
 
     tp_size: int = 1
     pp_size: int = 1
     dtype: str = "auto"
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
+    workers: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
 
 
 def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: Callable[[str], None],
             ) -> CheckpointConfig:
     """Write `source` as a checkpoint directory.
 
-    Memory: the largest weight in full (for attention.qkv its three sources) and its slices for one rank.
+    Memory: for each worker a weight in full (for attention.qkv its three sources) and its slice for one rank.
+    The result does not depend on the number of workers.
     """
     config = target_config(source.config, options)
     checkpoint = CheckpointConfig(config, options.tp_size, options.pp_size)
@@ -53,13 +61,20 @@ def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: C
               for m in mappings]
     total = sum(dtype.itemsize * torch.Size(shape).numel() for rank in shapes for _, shape in rank.values())
     require_space(out, total)
+    require_memory(source, model, shapes, options.workers, total, say)
     for note in source.notes:
         say(note)
     with output_dir(out) as partial:
         files = [SafetensorsFile(partial / rank_file(m.rank), s) for m, s in zip(mappings, shapes, strict=True)]
-        with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-            for weight, layer in source_weights(model):
-                write_weight(weight, layer, source, model, mappings, files, bar)
+        with (tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar,
+              ThreadPoolExecutor(options.workers) as pool):
+            jobs = [pool.submit(write_weight, weight, layer, source, model, mappings, files)
+                    for weight, layer in source_weights(model)]
+            try:
+                for job in as_completed(jobs):
+                    bar.update(job.result())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
         for file in files:
             file.close()
         copy_tokenizer(source.directory, partial, say)
@@ -83,10 +98,29 @@ def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     return config
 
 
+def require_memory(source: SourceCheckpoint, model: Model, shapes: list[dict[str, Shape]], workers: int, total: int,
+                   say: Callable[[str], None]) -> None:
+    """Say what converting takes, and refuse it where the host, its cgroup or Slurm gives less."""
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it starts at 1")
+    held = getattr(torch, source.config.dtype).itemsize
+    full = max(sum(held * torch.Size(full_shape(part, source.config)).numel() for part in weight.sources)
+               for weight, _ in source_weights(model))
+    largest = full + max(dtype.itemsize * torch.Size(shape).numel()
+                         for rank in shapes for dtype, shape in rank.values())
+    available, why = memory_limit()
+    if workers * largest > available:
+        raise PreflightError(f"converting with {workers} worker(s) takes up to {workers * largest / 2**30:.2f} GiB of "
+                             f"memory, there is {available / 2**30:.2f} GiB ({why}); " + (
+                                 f"type --workers {available // largest}" if available >= largest else
+                                 "use a host with more"))
+    say(f"up to {workers * largest / 2**30:.2f} GiB of memory for {workers} worker(s), {total / 2**30:.2f} GiB of disk")
+
+
 def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, model: Model,
-                 mappings: list[Mapping], files: list[SafetensorsFile], bar: tqdm) -> None:
-    """Read one weight's sources in full and write every rank's part of it."""
-    config = model.config
+                 mappings: list[Mapping], files: list[SafetensorsFile]) -> int:
+    """Read one weight's sources in full and write every rank's part of it; returns the bytes written."""
+    config, written = model.config, 0
     full = [source.tensor(part, layer) for part in weight.sources]
     for mapping, file in zip(mappings, files, strict=True):
         name = rank_name(model, weight, layer, mapping)
@@ -96,7 +130,8 @@ def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, mo
                  for tensor, part in zip(full, weight.sources, strict=True)]
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype))
         file.write(name, tensor)
-        bar.update(tensor.nbytes)
+        written += tensor.nbytes
+    return written
 
 
 def rank_name(model: Model, weight: Weight, layer: int | None, mapping: Mapping) -> str | None:

@@ -20,7 +20,10 @@ _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 class SafetensorsFile:
-    """A preallocated file of the given tensors `{name: (dtype, shape)}`; `write` each once, then `close`."""
+    """A preallocated file of the given tensors `{name: (dtype, shape)}`; `write` each once, then `close`.
+
+    Threads may write different tensors at the same time.
+    """
 
     def __init__(self, path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self.path = path
@@ -55,6 +58,7 @@ class SafetensorsFile:
 
     def close(self) -> None:
         assert self.digests.keys() == self._specs.keys(), "a tensor was never written"
+        self.digests = {name: self.digests[name] for name in self._specs}  # not in the order of several writers
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

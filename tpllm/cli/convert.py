@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-position-embeddings", type=int, metavar="N",
                         help="context length of Meta's weights (default: from the parameters, said aloud)")
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="a model of your own (see README)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads, each of which holds a weight in memory "
+                        "(default: one a core, up to 4)")
 
 
 def open_source(args: argparse.Namespace) -> SourceCheckpoint:
@@ -61,7 +63,7 @@ def work(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     source = open_source(args)
     options = ConvertOptions(args.tp_size, args.pp_size, args.dtype, args.use_parallel_embedding,
-                             args.embedding_sharding_dim)
+                             args.embedding_sharding_dim, **({} if args.workers is None else {"workers": args.workers}))
     checkpoint = convert(source, args.output_dir, options, lambda text: print(f"convert: {text}"))
     files = sorted(args.output_dir.glob("rank*.safetensors"))
     size = sum(path.stat().st_size for path in files)
