@@ -256,7 +256,7 @@ def test_too_little_memory_for_the_workers(workers: str, words: str, tmp_path: P
     assert "use a host with more" in capsys.readouterr().err
     monkeypatch.setattr("tpllm.checkpoint.convert.memory_limit", lambda: (2 * 2 * full, "the test's limit"))
     assert convert(source, tmp_path / "out", "--workers", "2", *CONTEXT) == 0
-    assert f"up to {4 * full / 2**30:.2f} GiB of memory for 2 worker(s)" in capsys.readouterr().out
+    assert f"takes up to {4 * full / 1e3:.0f}kB of memory for 2 worker(s)" in capsys.readouterr().out
 
 
 def load_file_bytes(source: Path) -> int:

@@ -110,11 +110,15 @@ def require_memory(source: SourceCheckpoint, model: Model, shapes: list[dict[str
                          for rank in shapes for dtype, shape in rank.values())
     available, why = memory_limit()
     if workers * largest > available:
-        raise PreflightError(f"converting with {workers} worker(s) takes up to {workers * largest / 2**30:.2f} GiB of "
-                             f"memory, there is {available / 2**30:.2f} GiB ({why}); " + (
-                                 f"type --workers {available // largest}" if available >= largest else
-                                 "use a host with more"))
-    say(f"up to {workers * largest / 2**30:.2f} GiB of memory for {workers} worker(s), {total / 2**30:.2f} GiB of disk")
+        remedy = f"type --workers {available // largest}" if available >= largest else "use a host with more"
+        raise PreflightError(f"converting with {workers} worker(s) takes up to {size(workers * largest)} of memory, "
+                             f"there is {size(available)} ({why}); {remedy}")
+    say(f"takes up to {size(workers * largest)} of memory for {workers} worker(s), and {size(total)} of disk")
+
+
+def size(count: int) -> str:
+    """Of bytes, to read."""
+    return str(tqdm.format_sizeof(count, "B"))
 
 
 def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, model: Model,
