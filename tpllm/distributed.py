@@ -138,11 +138,11 @@ class World:
         """Leave MPI at the end of the program, in `FINALIZE_SECONDS` at most once all ranks have come here."""
         if _mpi().Is_finalized():
             return
+        sys.stdout.flush()  # before any rank may end, and a launcher all others with it
+        sys.stderr.flush()
         self.barrier()  # under the watch of the heartbeat
         if self._heartbeat:
             self._heartbeat.leave()
-        sys.stdout.flush()
-        sys.stderr.flush()
         self._ends.put((FINALIZE_SECONDS, self.exit_code))
         mpi_call("MPI_Finalize")
 
