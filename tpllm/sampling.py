@@ -136,16 +136,20 @@ class RowState:
     prompt_len: int
     end_ids: frozenset[int]
     bad_words: tuple[tuple[int, ...], ...]  # as token ids
-    generator: torch.Generator
+    sample: int  # its number among the answers to the request
 
     @classmethod
     def start(cls, params: SamplingParams, tokens: list[int], end_ids: frozenset[int] = frozenset(),
               bad_words: tuple[tuple[int, ...], ...] = (), sample: int = 0) -> RowState:
-        """The state after the prompt `tokens`; sample number `sample` of a request draws with seed + sample."""
+        """The state after the prompt `tokens`."""
+        return cls(params, tokens, len(tokens), end_ids, bad_words, sample)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Of this row's draws; made when the first one comes, as that takes as long as a small step."""
         import torch
 
-        generator = torch.Generator().manual_seed((params.seed + sample) % 2**64)
-        return cls(params, tokens, len(tokens), end_ids, bad_words, generator)
+        return torch.Generator().manual_seed((self.params.seed + self.sample) % 2**64)
 
     @cached_property
     def edits(self) -> bool:
