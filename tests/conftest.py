@@ -18,17 +18,26 @@ os.environ.setdefault("TPLLM_LOG_DIR", tempfile.mkdtemp(prefix="tpllm-test-logs-
 HERE = Path(__file__).parent
 
 
-def mpirun(ranks: int, argv: list[str], timeout: float = 120, env: dict[str, str] | None = None,
-           check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`python argv…` on that many ranks with this environment's mpirun, bounded in time."""
+def mpirun_command(ranks: int, argv: list[str]) -> list[str]:
+    """`python argv…` on that many ranks with this environment's mpirun."""
     launcher = Path(sys.executable).with_name("mpirun")
     if not launcher.is_file():
         pytest.skip("no mpirun beside this Python: pip install 'tpllm[mpi]'")
-    command = [str(launcher), "--bind-to", "none", "--oversubscribe", "-n", str(ranks), sys.executable, *argv]
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    return [str(launcher), "--bind-to", "none", "--oversubscribe", "-n", str(ranks), sys.executable, *argv]
+
+
+def mpirun_environment(env: dict[str, str] | None) -> dict[str, str]:
+    """This one with `env`, and what mpirun wants of root."""
+    return {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
+            **(env or {})}
+
+
+def mpirun(ranks: int, argv: list[str], timeout: float = 120, env: dict[str, str] | None = None,
+           check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python argv…` on that many ranks, bounded in time."""
     # SIGTERM first: mpirun takes its ranks along then, which SIGKILL would leave behind.
-    done = subprocess.run(["timeout", "-k", "5", str(timeout), *command], env={**os.environ, **root, **(env or {})},
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(["timeout", "-k", "5", str(timeout), *mpirun_command(ranks, argv)],
+                          env=mpirun_environment(env), stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if check:
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
