@@ -58,12 +58,14 @@ def compare(args: argparse.Namespace, scratch: Path) -> None:
         theirs.append(float(run(other)))
         print(f"round {number + 1}: tpllm {records[-1]['tokens_per_s']}, transformers {theirs[-1]:.1f} tokens/s",
               flush=True)
-    ratios = [record["tokens_per_s"] / rate for record, rate in zip(records, theirs, strict=True)]
+    ratios = [record["tokens_per_s"] / rate for record, rate in zip(records, theirs, strict=True)]  # in turns
     import transformers
 
-    middle = sorted(records, key=lambda record: record["tokens_per_s"])[len(records) // 2]
+    records.sort(key=lambda record: float(record["tokens_per_s"]))
+    middle = records[len(records) // 2]
     result = middle | {
         "model": "llama-134m", "weights": "random", "repeats": args.rounds, "command": command_line(),
+        "spread": [records[0]["tokens_per_s"], records[-1]["tokens_per_s"]],
         "versions": middle["versions"] | {"transformers": transformers.__version__},
         "transformers_tokens_per_s": round(statistics.median(theirs), 1),
         "ratio": round(statistics.median(ratios), 2), "ratio_spread": [round(min(ratios), 2), round(max(ratios), 2)]}
