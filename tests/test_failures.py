@@ -161,7 +161,7 @@ def test_sigusr1_drains(work: Path) -> None:
     done = mpirun(2, [str(script), "run", "--engine-dir", str(work / "engine"), "--input-file", str(work / "many.csv"),
                       "--max-output-len", "60", "--ignore-eos"], timeout=90, check=False)
     assert done.returncode == 75, (done.returncode, done.stderr)
-    assert "interrupted by SIGUSR1" in done.stderr and "Output [Text 0]" in done.stdout
+    assert "tpllm: interrupted: the answers above" in done.stderr and "Output [Text 0]" in done.stdout
 
 
 def test_one_rank_raising_through_the_python_interface(work: Path) -> None:

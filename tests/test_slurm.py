@@ -166,7 +166,7 @@ def test_a_signal_drains(slurm: Slurm, demo: DemoEngine, tmp_path: Path, signal:
     slurm.run(["scancel", f"--signal={signal}", job])
     [ended] = slurm.wait(job, 30)
     assert ended.code == 75, ended.output[-2000:]
-    assert "interrupted by SIGUSR1" in ended.output
+    assert "tpllm: interrupted: the answers above" in ended.output
     assert not slurm.hosts.processes(*slurm.nodes, naming="--streaming")
 
 

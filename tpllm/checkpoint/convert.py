@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: C
             jobs = [pool.submit(write_weight, weight, layer, source, model, mappings, files)
                     for weight, layer in source_weights(model)]
             try:
-                for job in as_completed(jobs):
+                for job in jobs:  # in order, so that of several errors the same one is reported every time
                     bar.update(job.result())
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
