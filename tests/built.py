@@ -1,10 +1,10 @@
 """Engines of one rank, built once a module by the commands that a user gives."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import makers
 import pytest
 import torch
 from makers import Shape, make_meta_dir
@@ -81,5 +81,4 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def random_ids(built: Built, *lengths: int, seed: int = 0) -> list[list[int]]:
-    chance = random.Random(seed)
-    return [[chance.randrange(built.config.model.vocab_size) for _ in range(length)] for length in lengths]
+    return makers.random_ids(built.config.model.vocab_size, *lengths, seed=seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from built import build, demo  # noqa: F401  fixtures
+from tensorrt_stub import trt  # noqa: F401
 
 # Runs leave logs and records; those of tests belong into no user's directory.
 os.environ.setdefault("TPLLM_LOG_DIR", tempfile.mkdtemp(prefix="tpllm-test-logs-"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import random
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -247,3 +248,9 @@ def save_hf_dir(meta_dir: Path | str, path: Path | str, rope_scaling_factor: flo
     """Writes the checkpoint as a transformers folder: config.json, and model.safetensors or several and their index."""
     transformers_model(meta_dir, rope_scaling_factor).save_pretrained(path, max_shard_size=max_shard_size)
     return Path(path)
+
+
+def random_ids(vocab_size: int, *lengths: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of as many prompts as there are lengths."""
+    chance = random.Random(seed)
+    return [[chance.randrange(vocab_size) for _ in range(length)] for length in lengths]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import makers
 import numpy as np
 import pytest
 import torch
@@ -88,8 +89,7 @@ def step(loaded: Loaded, parts: list[Part]) -> list[Tensor]:
 
 
 def random_ids(loaded: Loaded, *lengths: int, seed: int) -> list[list[int]]:
-    chance = random.Random(seed)
-    return [[chance.randrange(loaded.reference.params.vocab_size) for _ in range(length)] for length in lengths]
+    return makers.random_ids(loaded.reference.params.vocab_size, *lengths, seed=seed)
 
 
 def play(loaded: Loaded, sequences: list[list[int]], starts: list[int], seed: int, decode: float = 0.8) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from built import MAX_INPUT, MAX_SEQ, Build, Built, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import LLAMA2_MHA, LLAMA31_GQA, NAMED_SHAPES
+from makers import LLAMA2_MHA, LLAMA31_GQA, NAMED_SHAPES, transformers_model
 
 from tpllm.answer import Completion, GenerationOutput, Job, TextStream
 from tpllm.cli import main
@@ -308,35 +308,6 @@ def test_logprobs_are_the_references(top: int, size: int, build: Build, monkeypa
             assert_logprobs(answer.logprobs[place], token, expected[len(prompt) + place - 1], top)
 
 
-def hugging_face(built: Built) -> Any:
-    """The model of a Meta directory in transformers, by way of the reference's weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    p, weights = built.reference.params, built.reference.weights
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=p.vocab_size, hidden_size=p.dim, num_hidden_layers=p.n_layers, num_attention_heads=p.n_heads,
-        num_key_value_heads=p.n_kv_heads, intermediate_size=len(weights["layers.0.feed_forward.w1.weight"]),
-        rms_norm_eps=p.norm_eps, rope_theta=p.rope_theta, max_position_embeddings=MAX_SEQ, bos_token_id=None,
-        eos_token_id=None, pad_token_id=0))
-    names = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-             "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-             "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
-             "ffn_norm": "post_attention_layernorm"}
-
-    def halves(w: torch.Tensor) -> torch.Tensor:
-        """Meta rotates neighbours, transformers the halves of a head."""
-        return w.view(-1, p.head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
-
-    state = {"model.embed_tokens.weight": weights["tok_embeddings.weight"], "model.norm.weight": weights["norm.weight"],
-             "lm_head.weight": weights["output.weight"]}
-    for layer in range(p.n_layers):
-        for meta, name in names.items():
-            w = weights[f"layers.{layer}.{meta}.weight"]
-            state[f"model.layers.{layer}.{name}.weight"] = halves(w) if meta[-2:] in ("wq", "wk") else w
-    model.load_state_dict(state)
-    return model.eval()
-
-
 @pytest.mark.parametrize(("beams", "options"), [
     (2, {}), (3, {"num_return_sequences": 3, "length_penalty": 0.5}),
     (3, {"num_return_sequences": 2, "early_stopping": True, "repetition_penalty": 1.3, "end_id": 7}),
@@ -344,7 +315,7 @@ def hugging_face(built: Built) -> Any:
 def test_beams_are_those_of_transformers(beams: int, options: dict[str, Any], build: Build) -> None:
     """Beside other requests, with rows of the cache copied as beams part and end."""
     built = build(LLAMA2_MHA)
-    model = hugging_face(built)
+    model = transformers_model(built.meta)
     prompts = random_ids(built, 5, 11, 2, 20, seed=9)
     params = SamplingParams(max_output_len=9, num_beams=beams, **options)
     others = SamplingParams(max_output_len=12)

@@ -35,14 +35,6 @@ MAX_BATCH, MAX_SEQ = 4, 40
 OURS = "tpllm.engine.tensorrt"
 
 
-@pytest.fixture(scope="module")
-def trt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    directory = tmp_path_factory.mktemp("stubs")
-    genuine.compile_stubs(directory)
-    yield tensorrt_stub.install(directory)
-    tensorrt_stub.remove()
-
-
 class Made:
     """A checkpoint and its engine."""
 

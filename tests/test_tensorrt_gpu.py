@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HERE, mpirun
-from makers import LLAMA31_GQA, Shape, make_meta_dir
+from makers import LLAMA31_GQA, Shape, make_meta_dir, random_ids
 from reference import Reference
-from test_tensorrt_ranks import random_ids
 
 from tpllm.cli import main
 
@@ -46,11 +45,11 @@ def test_logits(ranks: int, shape: Shape, dtype: str, attention: str, tmp_path: 
              "--backend", "tensorrt", "--max-batch-size", "5", "--max-seq-len", "44", "--max-input-len", "30"]
     jobs = [{"tpllm": build, "env": {"TPLLM_TENSORRT_ATTENTION": attention}},
             {"engine": str(tmp_path / "engine"), "out": str(tmp_path / "found.pt"), "prompts": [[1, 2, 3]],
-             "sequences": random_ids(shape.vocab_size, *LENGTHS)}]
+             "sequences": random_ids(shape.vocab_size, *LENGTHS, seed=2)}]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     mpirun(ranks, [str(HERE / "tensorrt_stub" / "program.py"), "-", str(tmp_path / "jobs.json")], 600,
            {"PYTHONPATH": f"{HERE}:{HERE.parent}"})
     found, reference = torch.load(tmp_path / "found.pt", map_location="cpu"), Reference(tmp_path / "meta")
-    for ids, logits in zip(random_ids(shape.vocab_size, *LENGTHS), found["logits"], strict=True):
+    for ids, logits in zip(random_ids(shape.vocab_size, *LENGTHS, seed=2), found["logits"], strict=True):
         expected = reference.logits(ids)
         assert float((logits - expected).norm() / expected.norm()) < TOLERANCE[dtype]

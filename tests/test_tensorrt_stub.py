@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,14 +12,6 @@ import torch
 from tensorrt_stub import genuine
 
 pytestmark = pytest.mark.skipif(genuine.lacking() is not None, reason=str(genuine.lacking()))
-
-
-@pytest.fixture(scope="module")
-def trt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    directory = tmp_path_factory.mktemp("stubs")
-    genuine.compile_stubs(directory)
-    yield tensorrt_stub.install(directory)
-    tensorrt_stub.remove()
 
 
 class Sketch:

@@ -182,10 +182,11 @@ def advance(logits: torch.Tensor, parts: list[tuple[Branch, slice]], scheduler: 
 
 def chosen_logprobs(logits: torch.Tensor, tokens: list[int], drawing: list[Branch]) -> list[Logprobs | None]:
     """The log-probabilities that each branch asks for, by its row of `logits` and the token chosen from it."""
-    found: list[Logprobs | None] = []
-    for i, (branch, token) in enumerate(zip(drawing, tokens, strict=True)):
-        top = branch.row.params.logprobs
-        found.append(None if top is None else token_logprobs(logits[i:i + 1], [token], top)[0])
+    found: list[Logprobs | None] = [None] * len(drawing)
+    for top in {branch.row.params.logprobs for branch in drawing} - {None}:
+        asking = [i for i, branch in enumerate(drawing) if branch.row.params.logprobs == top]
+        for i, one in zip(asking, token_logprobs(logits[asking], [tokens[i] for i in asking], top or 0), strict=True):
+            found[i] = one
     return found
 
 

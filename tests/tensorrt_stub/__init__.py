@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+
+import pytest
 
 
 def install(libraries: Path) -> ModuleType:
@@ -43,3 +46,14 @@ def remove() -> None:
         if name in ("tensorrt", "nccl", "nccl.core") or (
                 name.startswith("tpllm.engine.tensorrt.") and name != "tpllm.engine.tensorrt.backend"):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def trt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The stand-in, for the tests of one module."""
+    from tensorrt_stub import genuine
+
+    directory = tmp_path_factory.mktemp("stubs")
+    genuine.compile_stubs(directory)
+    yield install(directory)
+    remove()
