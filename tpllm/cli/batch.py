@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tpllm.cli.options import add_sampling_arguments, sampling_params
+from tpllm.cli.options import add_engine_arguments, add_sampling_arguments, sampling_params
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.settings import seconds
 
@@ -19,9 +19,7 @@ HELP = "JSONL of prompts -> JSONL of answers, resumable (mpirun -n TP tpllm batc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine-dir", type=Path, required=True, metavar="DIR", help="made by tpllm build")
-    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="its weights, if they were moved")
-    parser.add_argument("--tokenizer-dir", type=Path, metavar="DIR", help="default: the checkpoint's own")
+    add_engine_arguments(parser)
     parser.add_argument("--input-file", type=Path, required=True, metavar="FILE",
                         help="a JSON object a line: id (default: the line's number from 0), one of prompt, messages, "
                              "token_ids, and sampling options by their names; or OpenAI's batch lines")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpllm.cli.options import add_engine_arguments
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.distributed import SharedError, World
 from tpllm.errors import InterruptedRun, UsageError
@@ -24,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
                         help="perplexity: .txt files; mmlu: dev/*_dev.csv and test/*_test.csv; summarize: .jsonl of "
                              "document and summary; a single .txt or .jsonl file too")
-    parser.add_argument("--engine-dir", type=Path, required=True, metavar="DIR", help="made by tpllm build")
-    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="the engine's weights, if they were moved")
-    parser.add_argument("--tokenizer-dir", type=Path, metavar="DIR", help="default: the checkpoint's own")
+    add_engine_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N",
                         help="the first N windows, questions of each subject, or documents (default: all)")
     parser.add_argument("--stride", type=int, metavar="N",

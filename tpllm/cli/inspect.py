@@ -85,7 +85,7 @@ def engine_ranks(directory: Path) -> tuple[EngineConfig, list[tuple[RankEngine, 
 
     try:
         config = EngineConfig.load(directory)
-        if type(config.tp_size) is not int or config.tp_size < 1 or config.model.tp_problem(config.tp_size):
+        if config.tp_size < 1 or config.model.tp_problem(config.tp_size):
             raise DataError(f"tp_size is {config.tp_size!r}")
         config.digest()
     except (TpllmError, KeyError, TypeError, ValueError) as e:

@@ -1,11 +1,18 @@
-"""The options that are fields of `SamplingParams`, for every verb that generates."""
+"""Options that several verbs share: an engine, and the fields of `SamplingParams`."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from tpllm.sampling import SamplingParams
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine-dir", type=Path, required=True, metavar="DIR", help="made by tpllm build")
+    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="the engine's weights, if they were moved")
+    parser.add_argument("--tokenizer-dir", type=Path, metavar="DIR", help="default: the checkpoint's own")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
