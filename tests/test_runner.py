@@ -126,7 +126,8 @@ def test_steps_begun_ahead_of_their_tokens_change_no_answer(build: Build) -> Non
     expected = built.runner.generate(prompts, jobs)
     engine = Ahead(built.runner.engine)
     found = ModelRunner(World(), engine, None).generate(prompts, jobs)
-    for output, other in zip(found, expected, strict=True):  # whose batches were others, so sums may be rounded otherwise
+    # Batches were others, so sums may be rounded otherwise.
+    for output, other in zip(found, expected, strict=True):
         assert [(c.token_ids, c.finish_reason) for c in output.outputs] == [
             (c.token_ids, c.finish_reason) for c in other.outputs]
         for mine, theirs in zip([c.logprobs for c in output.outputs] + [output.prompt_logprobs],
