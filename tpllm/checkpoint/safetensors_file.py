@@ -18,6 +18,7 @@ from tpllm.errors import PreflightError
 from tpllm.files import digest
 
 ALIGNMENT = 64  # of the data's start, so that mapped weights suit vector loads
+PIECE = 1 << 20  # bytes a write: of more, ext4 makes large folios, and the kernel may take ten times as long
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
 
 
@@ -84,8 +85,7 @@ class SafetensorsFile:
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
-            # One write call takes at most 2 GiB on Linux.
-            done = os.pwrite(self._file.fileno(), view[:1 << 30], offset)
+            done = os.pwrite(self._file.fileno(), view[:PIECE], offset)
             view, offset = view[done:], offset + done
 
 
