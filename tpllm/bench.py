@@ -140,22 +140,28 @@ def memory_bandwidth(world: World, device: str) -> float:
     """Bytes/s at which one rank reads a large array while the others do the same: the slowest rank's. Collective."""
     import torch
 
-    x = torch.ones((1 << 30) if device == "cuda" else (1 << 26), device=device)
+    # Small beside what an engine leaves free, large beside any cache.
+    x, reads = torch.ones((1 << 27) if device == "cuda" else (1 << 26), device=device), 8
     best = 0.0
     for _ in range(5):
         world.barrier()
         started = time.perf_counter()
-        float(x.sum())
-        best = max(best, x.nbytes / (time.perf_counter() - started))
+        for _ in range(reads):
+            total = x.sum()
+        total.item()
+        best = max(best, reads * x.nbytes / (time.perf_counter() - started))
     return min(world.allgather(best))
 
 
-def all_reduce_seconds(runner: ModelRunner, batch: int) -> float:
-    """Median time of the engine's all-reduce at the model's message size. Collective."""
+def all_reduce_path(runner: ModelRunner, batch: int) -> tuple[str, float]:
+    """Which way the engine's all-reduces go at the model's message size, and the median seconds of one. Collective."""
     import torch
 
     from tpllm.engine.torch import collectives
 
+    if (gpus := collectives.communicator()) is not None:
+        path = gpus.path(batch)
+        return path.path, path.us / 1e6
     model = runner.engine.config.model
     x = torch.ones(batch, model.hidden_size, dtype=getattr(torch, model.dtype))
     seconds = []
@@ -163,14 +169,14 @@ def all_reduce_seconds(runner: ModelRunner, batch: int) -> float:
         started = time.perf_counter()
         collectives.all_reduce(x)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[20:])
+    return "mpi", statistics.median(seconds[20:])
 
 
 def explain(record: dict[str, Any], runner: ModelRunner, bandwidth: float) -> dict[str, Any]:
     """A `decode` record with where its time goes: bytes read as a share of the ceiling, and all-reduces. Collective."""
     config, world = runner.engine.config, runner.world
     model, batch = config.model, record["batch_size"]
-    reduce = all_reduce_seconds(runner, batch) if world.size > 1 and config.build.device == "cpu" else 0.0
+    path, reduce = all_reduce_path(runner, batch) if world.size > 1 else ("", 0.0)
     if not world.is_first:
         return record
     step = record["ms_per_token"] / 1e3
@@ -180,7 +186,7 @@ def explain(record: dict[str, Any], runner: ModelRunner, bandwidth: float) -> di
     return record | {
         "bandwidth_share": round((weight_bytes(model.to_json(), config.tp_size) + cache) / step / bandwidth, 3),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "all_reduce": {"path": "mpi", "us": round(reduce * 1e6, 1), "share": round(share, 3)} if reduce else None}
+        "all_reduce": {"path": path, "us": round(reduce * 1e6, 1), "share": round(share, 3)} if reduce else None}
 
 
 def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, Any]:

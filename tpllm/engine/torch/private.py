@@ -25,6 +25,7 @@ def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> by
     import torch._inductor
     import torch._inductor.config
 
+    lower_operators(exported)
     with (tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings(),
           torch._inductor.config.patch({"aot_inductor.output_path": scratch})):
         warnings.simplefilter("ignore", FutureWarning)
@@ -32,6 +33,22 @@ def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> by
             exported, package_path=str(Path(scratch, "step.pt2")),
             inductor_configs=COMPILE_OPTIONS | {"cpp.cxx": (compiler,)})
         return Path(path).read_bytes()
+
+
+def lower_operators(exported: torch.export.ExportedProgram) -> None:
+    """Tell Inductor of our operators, as it does by itself where it first meets one.
+
+    But for its log it then (torch 2.11) writes out the operands with all that led to them: in a chain of layers whose
+    sums are used twice that never ends.
+    """
+    import torch._inductor.lowering as lowering
+    import torch._library.utils
+
+    for node in exported.graph.nodes:
+        operator = node.target
+        if str(operator).startswith("tpllm.") and operator not in lowering.lowerings:
+            tag = torch._library.utils.get_layout_constraint_tag(operator, with_default=True)
+            lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
 
 
 def drop_unused(exported: torch.export.ExportedProgram) -> None:
@@ -80,3 +97,26 @@ def flash_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, q
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
         q, keys, values, query_start, start, q.shape[0], keys.shape[0], 0.0, True, False, seqused_k=length)[0]
     return out
+
+
+def symmetric_memory(shape: tuple[int, ...], dtype: torch.dtype,
+                     device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """Memory that all ranks of the process group reach, and where each one's begins; collective."""
+    import torch.distributed._symmetric_memory
+
+    tensor = torch.distributed._symmetric_memory.empty(shape, dtype=dtype, device=device)
+    handle = torch.distributed._symmetric_memory.rendezvous(tensor, world_group())
+    return tensor, list(handle.buffer_ptrs)
+
+
+def two_shot_all_reduce(x: torch.Tensor) -> None:
+    """The sum over the ranks in place; `x` is the beginning of symmetric memory."""
+    torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", world_group().group_name)
+
+
+def world_group() -> torch.distributed.ProcessGroup:
+    """The process group of all ranks."""
+    import torch.distributed as dist
+
+    assert dist.group.WORLD is not None, "no process group yet"
+    return dist.group.WORLD
