@@ -23,6 +23,7 @@ MAX_CORE, MAX_PART = 5000, 650  # lines of code
 PARTS = {
     "batch": ("batch", "cli.batch"),
     "bench": ("bench", "cli.bench"),
+    "convert": ("checkpoint.convert", "cli.convert"),
     "demo": ("demo", "cli.demo"),
     "doctor": ("doctor", "cli.doctor"),
     "eval": ("evaluate", "cli.eval"),
