@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -17,12 +18,13 @@ from tpllm.checkpoint.rank import MANIFEST, CheckpointConfig, fingerprint, rank_
 from tpllm.checkpoint.safetensors_file import SafetensorsFile
 from tpllm.checkpoint.source import SourceCheckpoint, source_weights
 from tpllm.config import ModelConfig
-from tpllm.errors import PreflightError, UsageError
+from tpllm.errors import DataError, PreflightError, UsageError
 from tpllm.files import DIGEST, json_digest, output_dir, require_space, write_json
 from tpllm.launched import memory_limit
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import Source, Weight, full_shape, local_shape, shard
+from tpllm.quantization import quantized, working_bytes
+from tpllm.sharding import Source, Weight, full_shape, shard
 from tpllm.tokenizer import end_ids
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -34,6 +36,12 @@ TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.jso
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
+class TensorFile(Protocol):
+    """What takes a rank's tensors: its file, or who compares them with one."""
+
+    def write(self, name: str, tensor: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """How a checkpoint is split, by how many threads; `dtype` "auto" keeps the source's."""
@@ -43,6 +51,7 @@ class ConvertOptions:
     dtype: str = "auto"
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
+    quant_algo: str | None = None
     workers: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
 
 
@@ -56,10 +65,9 @@ def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: C
     config = target_config(source.config, options)
     checkpoint = CheckpointConfig(config, options.tp_size, options.pp_size)
     model, mappings = source.model(config), Mapping.all_ranks(options.tp_size, options.pp_size)
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    shapes = [{name: (dtype, local_shape(weight, config, m)) for name, weight, _ in model.rank_weights(m)}
+    shapes = [{name: (getattr(torch, dtype), shape) for name, (dtype, shape) in model.rank_tensors(m).items()}
               for m in mappings]
-    total = sum(dtype.itemsize * torch.Size(shape).numel() for rank in shapes for _, shape in rank.values())
+    total = sum(dtype.itemsize * torch.Size(shape).numel() for rank in shapes for dtype, shape in rank.values())
     require_space(out, total)
     require_memory(source, model, shapes, options.workers, total, say)
     for note in source.notes:
@@ -85,9 +93,12 @@ def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: C
 
 def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     """The source's configuration with the options applied; refused when the model cannot be split so."""
+    if config.quant_algo:
+        raise DataError(f"the source is quantized ({config.quant_algo}) for the ranks it was split over: its scales "
+                        "are theirs, so it cannot be converted again; convert the original weights")
     config = replace(config, dtype=config.dtype if options.dtype == "auto" else options.dtype,
                      use_parallel_embedding=options.use_parallel_embedding,
-                     embedding_sharding_dim=options.embedding_sharding_dim)
+                     embedding_sharding_dim=options.embedding_sharding_dim, quant_algo=options.quant_algo)
     if options.tp_size < 1 or options.pp_size < 1:
         raise UsageError("--tp-size and --pp-size start at 1")
     if problem := config.tp_problem(options.tp_size):
@@ -106,8 +117,8 @@ def require_memory(source: SourceCheckpoint, model: Model, shapes: list[dict[str
     held = getattr(torch, source.config.dtype).itemsize
     full = max(sum(held * torch.Size(full_shape(part, source.config)).numel() for part in weight.sources)
                for weight, _ in source_weights(model))
-    largest = full + max(dtype.itemsize * torch.Size(shape).numel()
-                         for rank in shapes for dtype, shape in rank.values())
+    item = getattr(torch, model.config.dtype).itemsize
+    largest = full + max(working_bytes(*spec, item) for rank in shapes for spec in rank.values())
     available, why = memory_limit()
     if workers * largest > available:
         remedy = f"type --workers {available // largest}" if available >= largest else "use a host with more"
@@ -122,7 +133,7 @@ def size(count: int) -> str:
 
 
 def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, model: Model,
-                 mappings: list[Mapping], files: list[SafetensorsFile]) -> int:
+                 mappings: list[Mapping], files: Sequence[TensorFile]) -> int:
     """Read one weight's sources in full and write every rank's part of it; returns the bytes written."""
     config, written = model.config, 0
     full = [source.tensor(part, layer) for part in weight.sources]
@@ -133,8 +144,9 @@ def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, mo
         parts = [cut(tensor, part, source.kind, config, mapping)
                  for tensor, part in zip(full, weight.sources, strict=True)]
         tensor = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype))
-        file.write(name, tensor)
-        written += tensor.nbytes
+        for stored, value in quantized(tensor, model.stored(name, weight, layer, mapping)).items():
+            file.write(stored, value)
+            written += value.nbytes
     return written
 
 

@@ -16,7 +16,7 @@ from tpllm.errors import PreflightError
 from tpllm.files import digest
 
 ALIGNMENT = 64  # of the data's start, so that mapped weights suit vector loads
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32"}
 
 
 class SafetensorsFile:

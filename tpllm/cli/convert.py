@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpllm.cli.options import add_quantization_arguments, quant_algo
 from tpllm.config import DTYPES
 from tpllm.errors import UsageError
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp-size", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline-parallel stages")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the source's")
+    add_quantization_arguments(parser)
     parser.add_argument("--use-parallel-embedding", action="store_true", help="split the embedding table too")
     parser.add_argument("--embedding-sharding-dim", type=int, choices=(0, 1), default=0,
                         help="along 0, the vocabulary, or 1, the hidden dimension")
@@ -61,9 +63,11 @@ def work(args: argparse.Namespace) -> int:
     from tpllm.checkpoint.convert import ConvertOptions, convert
 
     started = time.perf_counter()
+    algo = quant_algo(args)
     source = open_source(args)
     options = ConvertOptions(args.tp_size, args.pp_size, args.dtype, args.use_parallel_embedding,
-                             args.embedding_sharding_dim, **({} if args.workers is None else {"workers": args.workers}))
+                             args.embedding_sharding_dim, algo,
+                             **({} if args.workers is None else {"workers": args.workers}))
     checkpoint = convert(source, args.output_dir, options, lambda text: print(f"convert: {text}"))
     files = sorted(args.output_dir.glob("rank*.safetensors"))
     size = sum(path.stat().st_size for path in files)

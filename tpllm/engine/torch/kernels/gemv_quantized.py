@@ -1,0 +1,197 @@
+"""`gemv` for quantized weights (`tpllm/quantization.py` has their layout), and products of several rows.
+
+At 1 byte a weight and less, arithmetic is nearly as slow as memory. Int4 numbers take three instructions each: shifted
+to the top of a float's mantissa they are 16 more than themselves, which the sum of x mends once for all rows. More rows
+of the matrix in a program share the work on x.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import _weights, launches_early
+from tpllm.quantization import GROUP, WORDS
+
+INT8_ROWS, INT4_ROWS = 4, 8  # of the matrix in a program; both halves of SwiGLU count
+THREAD_INT8, THREAD_INT4 = 16, 4  # bytes, words of a row that a thread loads at once: 16 bytes
+MAX_WARPS = 4
+FEW_ROWS = 64  # up to these, weights become numbers inside of the product
+
+
+@triton.jit
+def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+            SWIGLU: tl.constexpr):
+    """Store sums `[BLOCK_N]`, of which `gate` are those of SwiGLU's second half."""
+    scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
+    result *= scale
+    if SWIGLU:
+        result = result / (1.0 + tl.exp(-result)) * (gate * scale)
+    if RESIDUAL:
+        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _int8(x, w, scales, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
+    if EARLY:
+        gdc_launch_dependents()
+    tile = _weights(pointers, rows, columns, N, K)
+    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
+    scale = tl.load(scales + rows, mask=rows < N, other=0.0)
+    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SWIGLU else scale
+    if EARLY:
+        gdc_wait()
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = k + columns < K
+        row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += row * row
+            row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
+        acc += tile.to(tl.float32) * row[None, :]
+        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+        if SWIGLU:
+            acc2 += tile2.to(tl.float32) * row[None, :]
+            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+    _finish(tl.sum(acc, 1) * scale, tl.sum(acc2, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K, epsilon,
+            NORM, RESIDUAL, SWIGLU)
+
+
+@triton.jit
+def _words(w, scales, rows, chunks, words, last, chunk_count):
+    """Words `[BLOCK_N, CHUNKS, 4]` and the scales `[BLOCK_N, CHUNKS, 1]` of their groups, zeros beyond the edges."""
+    inside = (rows < last) & (chunks < chunk_count)
+    tile = tl.load(w + rows.to(tl.int64) * (chunk_count * 4) + chunks * 4 + words, mask=inside, other=0,
+                   eviction_policy="evict_first")
+    scale = tl.load(scales + rows.to(tl.int64) * (chunk_count // 4) + chunks // 4, mask=inside, other=0.0)
+    return tile, scale.to(tl.float32)
+
+
+@triton.jit
+def _numbers(words, i: tl.constexpr):
+    """What bits 4i to 4i + 3 of each word stand for, plus 24: 16 of the exponent, 8 of the layout."""
+    bits = words << (19 - 4 * i) if i < 5 else words >> (4 * i - 19)
+    return ((bits & 0x00780000) | 0x41800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int4(x, w, scales, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr):
+    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, chunks, words = lines[:, None, None], tl.arange(0, CHUNKS)[None, :, None], tl.arange(0, 4)[None, None, :]
+    count = tl.cdiv(K, 128) * 4  # a chunk is four words, a quarter of a group
+    columns = chunks // 4 * 128 + chunks % 4 * 4 + words
+    if EARLY:
+        gdc_launch_dependents()
+    tile, scale = _words(w, scales, rows, chunks, words, N, count)
+    if SWIGLU:
+        tile2, scale2 = _words(w, scales, rows + N, chunks, words, 2 * N, count)
+    if EARLY:
+        gdc_wait()
+    acc, acc2 = tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32)
+    squares = tl.zeros([1, CHUNKS, 4], tl.float32)
+    for c in range(0, count, CHUNKS):
+        part, part2 = tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32)
+        total = tl.zeros([1, CHUNKS, 4], tl.float32)
+        for i in tl.static_range(8):
+            place = c * 32 + columns + 16 * i
+            row = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+            if NORM:
+                squares += row * row
+                row *= tl.load(norm + place, mask=place < K, other=0.0).to(tl.float32)
+            total += row
+            part += _numbers(tile, i) * row
+            if SWIGLU:
+                part2 += _numbers(tile2, i) * row
+        acc += (part - 24.0 * total) * scale
+        tile, scale = _words(w, scales, rows, c + CHUNKS + chunks, words, N, count)
+        if SWIGLU:
+            acc2 += (part2 - 24.0 * total) * scale2
+            tile2, scale2 = _words(w, scales, rows + N, c + CHUNKS + chunks, words, 2 * N, count)
+    _finish(tl.sum(tl.sum(acc, 2), 1), tl.sum(tl.sum(acc2, 2), 1), tl.sum(tl.sum(tl.sum(squares, 2), 1), 0), residual,
+            out, lines, N, K, epsilon, NORM, RESIDUAL, SWIGLU)
+
+
+def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
+         residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
+    """`[1, N]` as `gemv.gemv` has it, of the weight `[N, K]` or, with `swiglu`, `[2N, K]` that the two stand for."""
+    size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], x.shape[1]
+    out = torch.empty((1, size), dtype=x.dtype, device=x.device)
+    early = launches_early(x.device)
+    int8 = weight.dtype == torch.int8
+    threads = triton.next_power_of_2(triton.cdiv(columns, THREAD_INT8 if int8 else THREAD_INT4 * GROUP // WORDS))
+    warps = min(max(threads // 32, 1), MAX_WARPS)
+    rows = (INT8_ROWS if int8 else INT4_ROWS) // (2 if swiglu else 1)
+    tile = {"BLOCK_K": 32 * warps * THREAD_INT8} if int8 else {"CHUNKS": 32 * warps}
+    (_int8 if int8 else _int4)[(triton.cdiv(size, rows),)](
+        x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size, columns,
+        epsilon, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows, **tile,
+        num_warps=warps, launch_pdl=early)
+    return out
+
+
+@triton.jit
+def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    """A group of 128 columns at a time."""
+    rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns, words, groups = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128)
+    weights, valid = w + lines.to(tl.int64)[:, None] * (groups * 16 if INT4 else K), (lines < N)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for g in range(groups):
+        place = (g * 128 + columns)[None, :]
+        row = tl.load(x + rows[:, None] * K + place, mask=(rows < M)[:, None] & (place < K), other=0.0)
+        if INT4:
+            tile = tl.load(weights + g * 16 + words[None, :], mask=valid, other=0)
+            numbers = ((tile[:, None, :] >> (tl.arange(0, 8) * 4)[None, :, None]) & 15) - 8
+            tile = tl.reshape(numbers, [BLOCK_N, 128]).to(row.dtype)
+            scale = tl.load(scales + lines * groups + g, mask=lines < N, other=0.0).to(tl.float32)
+            acc += tl.dot(row, tl.trans(tile), input_precision=PRECISION) * scale[None, :]
+        else:
+            tile = tl.load(weights + place, mask=valid & (place < K), other=0).to(row.dtype)
+            acc = tl.dot(row, tl.trans(tile), acc, input_precision=PRECISION)
+    if not INT4:
+        acc *= tl.load(scales + lines, mask=lines < N, other=0.0)[None, :]
+    tl.store(out + rows[:, None] * N + lines[None, :], acc.to(out.dtype.element_ty),
+             mask=(rows < M)[:, None] & (lines < N)[None, :])
+
+
+@triton.jit
+def _dequantize(w, scales, out, K, INT4: tl.constexpr, BLOCK: tl.constexpr):
+    line, columns, groups = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.cdiv(K, 128)
+    if INT4:
+        words = tl.load(w + line * groups * 16 + columns // 128 * 16 + columns % 16, mask=columns < K, other=0)
+        numbers = ((words >> (columns % 128 // 16 * 4)) & 15) - 8
+        scale = tl.load(scales + line * groups + columns // 128, mask=columns < K, other=0.0)
+    else:
+        numbers = tl.load(w + line * K + columns, mask=columns < K, other=0)
+        scale = tl.load(scales + line)
+    value = numbers.to(tl.float32) * scale.to(tl.float32)
+    tl.store(out + line * K + columns, value.to(out.dtype.element_ty), mask=columns < K)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`[M, N]`: x `[M, K]` times the weight `[N, K]` that the two stand for.
+
+    Of few rows it takes as long as reading the weights; for many, which computing bounds, they are written out first.
+    """
+    x, int4 = x.contiguous(), weight.dtype == torch.int32
+    (m, k), n = x.shape, weight.shape[0]
+    if m > FEW_ROWS:
+        whole = torch.empty((n, k), dtype=x.dtype, device=x.device)
+        _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=int4, BLOCK=1024)
+        return F.linear(x, whole)
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    _few_rows[(triton.cdiv(n, 32),)](
+        x, weight, scale, out, m, n, k, INT4=int4, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=32, num_warps=4, num_stages=4)
+    return out
