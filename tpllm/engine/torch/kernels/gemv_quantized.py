@@ -1,8 +1,8 @@
 """`gemv` for quantized weights (`tpllm/quantization.py` has their layout), and products of several rows.
 
-At 1 byte a weight and less, arithmetic is nearly as slow as memory. Int4 numbers take three instructions each: shifted
-to the top of a float's mantissa they are 16 more than themselves, which the sum of x mends once for all rows. More rows
-of the matrix in a program share the work on x.
+At 1 byte a weight and less, arithmetic is nearly as slow as memory, so a program has several rows of the matrix, which
+share the work on x, and few warps, which share the work at its end. Int4 numbers are not converted: at the top of a
+float's mantissa they are numbers already, too large by a constant, which the sum of x mends once for all rows.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import _weights, launches_early
-from tpllm.quantization import GROUP, WORDS
+from tpllm.engine.torch.kernels.gemv import launches_early
 
-INT8_ROWS, INT4_ROWS = 4, 8  # of the matrix in a program; both halves of SwiGLU count
-THREAD_INT8, THREAD_INT4 = 16, 4  # bytes, words of a row that a thread loads at once: 16 bytes
-MAX_WARPS = 4
+ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
+FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
 FEW_ROWS = 64  # up to these, weights become numbers inside of the product
+
+
+@triton.jit
+def _total(parts):
+    """Of the two inner dimensions; the last one is a thread's own."""
+    return tl.sum(tl.sum(parts, 2), 1)
 
 
 @triton.jit
@@ -36,33 +40,39 @@ def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.
 
 
 @triton.jit
+def _bytes(w, rows, columns, last, K):
+    """Numbers `[BLOCK_N, CHUNKS, 8]`, zeros beyond the edges."""
+    return tl.load(w + rows.to(tl.int64) * K + columns, mask=(rows < last) & (columns < K), other=0,
+                   eviction_policy="evict_first")
+
+
+@triton.jit
 def _int8(x, w, scales, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr):
+    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = lines[:, None, None], tl.arange(0, CHUNKS)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     if EARLY:
         gdc_launch_dependents()
-    tile = _weights(pointers, rows, columns, N, K)
-    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
-    scale = tl.load(scales + rows, mask=rows < N, other=0.0)
-    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SWIGLU else scale
+    tile = _bytes(w, rows, columns, N, K)
+    tile2 = _bytes(w, rows + N, columns, 2 * N, K) if SWIGLU else tile
+    scale = tl.load(scales + lines, mask=lines < N, other=0.0)
+    scale2 = tl.load(scales + N + lines, mask=lines < N, other=0.0) if SWIGLU else scale
     if EARLY:
         gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    acc, acc2 = tl.zeros([BLOCK_N, CHUNKS, 8], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 8], tl.float32)
+    squares = tl.zeros([1, CHUNKS, 8], tl.float32)
+    for k in range(0, K, CHUNKS * 8):
         inside = k + columns < K
         row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             squares += row * row
             row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * row[None, :]
-        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+        acc += tile.to(tl.float32) * row
+        tile = _bytes(w, rows, k + CHUNKS * 8 + columns, N, K)
         if SWIGLU:
-            acc2 += tile2.to(tl.float32) * row[None, :]
-            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
-    _finish(tl.sum(acc, 1) * scale, tl.sum(acc2, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K, epsilon,
+            acc2 += tile2.to(tl.float32) * row
+            tile2 = _bytes(w, rows + N, k + CHUNKS * 8 + columns, 2 * N, K)
+    _finish(_total(acc) * scale, _total(acc2) * scale2, tl.sum(_total(squares), 0), residual, out, lines, N, K, epsilon,
             NORM, RESIDUAL, SWIGLU)
 
 
@@ -78,9 +88,14 @@ def _words(w, scales, rows, chunks, words, last, chunk_count):
 
 @triton.jit
 def _numbers(words, i: tl.constexpr):
-    """What bits 4i to 4i + 3 of each word stand for, plus 24: 16 of the exponent, 8 of the layout."""
-    bits = words << (19 - 4 * i) if i < 5 else words >> (4 * i - 19)
-    return ((bits & 0x00780000) | 0x41800000).to(tl.float32, bitcast=True)
+    """What bits 4i to 4i + 3 of each word stand for, plus 264 for i of 1, 3 and 5, else 24; 8 of it is the layout's."""
+    top: tl.constexpr = i + 1 if i % 2 == 1 and i < 7 else i  # so that one shift of the words serves two of them
+    bits = words << (19 - 4 * top) if top < 5 else words >> (4 * top - 19)
+    if top == i:
+        bits = (bits & 0x00780000) | 0x41800000  # the four highest bits of the mantissa of 16
+    else:
+        bits = (bits & 0x00078000) | 0x43800000  # the next four, of 256
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -97,28 +112,32 @@ def _int4(x, w, scales, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, 
         tile2, scale2 = _words(w, scales, rows + N, chunks, words, 2 * N, count)
     if EARLY:
         gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32)
+    acc, acc2 = tl.zeros([BLOCK_N, CHUNKS, 1], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 1], tl.float32)
     squares = tl.zeros([1, CHUNKS, 4], tl.float32)
     for c in range(0, count, CHUNKS):
-        part, part2 = tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 4], tl.float32)
-        total = tl.zeros([1, CHUNKS, 4], tl.float32)
         for i in tl.static_range(8):
             place = c * 32 + columns + 16 * i
             row = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
             if NORM:
                 squares += row * row
                 row *= tl.load(norm + place, mask=place < K, other=0.0).to(tl.float32)
-            total += row
-            part += _numbers(tile, i) * row
-            if SWIGLU:
-                part2 += _numbers(tile2, i) * row
-        acc += (part - 24.0 * total) * scale
+            excess = row * (264.0 if i % 2 == 1 and i < 7 else 24.0)
+            product = _numbers(tile, i) * row
+            product2 = _numbers(tile2, i) * row if SWIGLU else product
+            if i == 0:
+                total, part, part2 = excess, product, product2
+            else:
+                total += excess
+                part += product
+                part2 += product2
+        total = tl.sum(total, 2, keep_dims=True)
+        acc += (tl.sum(part, 2, keep_dims=True) - total) * scale
         tile, scale = _words(w, scales, rows, c + CHUNKS + chunks, words, N, count)
         if SWIGLU:
-            acc2 += (part2 - 24.0 * total) * scale2
+            acc2 += (tl.sum(part2, 2, keep_dims=True) - total) * scale2
             tile2, scale2 = _words(w, scales, rows + N, c + CHUNKS + chunks, words, 2 * N, count)
-    _finish(tl.sum(tl.sum(acc, 2), 1), tl.sum(tl.sum(acc2, 2), 1), tl.sum(tl.sum(tl.sum(squares, 2), 1), 0), residual,
-            out, lines, N, K, epsilon, NORM, RESIDUAL, SWIGLU)
+    _finish(_total(acc), _total(acc2), tl.sum(_total(squares), 0), residual, out, lines, N, K, epsilon, NORM, RESIDUAL,
+            SWIGLU)
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
@@ -128,14 +147,13 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early = launches_early(x.device)
     int8 = weight.dtype == torch.int8
-    threads = triton.next_power_of_2(triton.cdiv(columns, THREAD_INT8 if int8 else THREAD_INT4 * GROUP // WORDS))
-    warps = min(max(threads // 32, 1), MAX_WARPS)
-    rows = (INT8_ROWS if int8 else INT4_ROWS) // (2 if swiglu else 1)
-    tile = {"BLOCK_K": 32 * warps * THREAD_INT8} if int8 else {"CHUNKS": 32 * warps}
-    (_int8 if int8 else _int4)[(triton.cdiv(size, rows),)](
+    rows = ROWS // 2 if swiglu else ROWS
+    programs = triton.cdiv(size, rows)
+    warps = (2 if int8 else 1) * (2 if programs < FEW_PROGRAMS else 1)
+    (_int8 if int8 else _int4)[(programs,)](
         x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size, columns,
-        epsilon, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows, **tile,
-        num_warps=warps, launch_pdl=early)
+        epsilon, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows,
+        CHUNKS=32 * warps, num_warps=warps, launch_pdl=early)
     return out
 
 
@@ -167,7 +185,8 @@ def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def _dequantize(w, scales, out, K, INT4: tl.constexpr, BLOCK: tl.constexpr):
-    line, columns, groups = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.cdiv(K, 128)
+    line, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    groups = tl.cdiv(K, 128)
     if INT4:
         words = tl.load(w + line * groups * 16 + columns // 128 * 16 + columns % 16, mask=columns < K, other=0)
         numbers = ((words >> (columns % 128 // 16 * 4)) & 15) - 8
