@@ -17,7 +17,7 @@ from tpllm.engine.torch.kernels.gemv import launches_early
 
 ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
-FEW_ROWS = 64  # up to these, weights become numbers inside of the product
+FEW_ROWS = 64  # of x, up to which weights become numbers inside of the product
 
 
 @triton.jit
@@ -158,8 +158,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
 
 
 @triton.jit
-def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr):
+def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A group of 128 columns at a time."""
     rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns, words, groups = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128)
@@ -173,10 +172,10 @@ def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, PRECISION: tl.cons
             numbers = ((tile[:, None, :] >> (tl.arange(0, 8) * 4)[None, :, None]) & 15) - 8
             tile = tl.reshape(numbers, [BLOCK_N, 128]).to(row.dtype)
             scale = tl.load(scales + lines * groups + g, mask=lines < N, other=0.0).to(tl.float32)
-            acc += tl.dot(row, tl.trans(tile), input_precision=PRECISION) * scale[None, :]
+            acc += tl.dot(row, tl.trans(tile)) * scale[None, :]
         else:
             tile = tl.load(weights + place, mask=valid & (place < K), other=0).to(row.dtype)
-            acc = tl.dot(row, tl.trans(tile), acc, input_precision=PRECISION)
+            acc = tl.dot(row, tl.trans(tile), acc)
     if not INT4:
         acc *= tl.load(scales + lines, mask=lines < N, other=0.0)[None, :]
     tl.store(out + rows[:, None] * N + lines[None, :], acc.to(out.dtype.element_ty),
@@ -201,16 +200,17 @@ def _dequantize(w, scales, out, K, INT4: tl.constexpr, BLOCK: tl.constexpr):
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`[M, N]`: x `[M, K]` times the weight `[N, K]` that the two stand for.
 
-    Of few rows it takes as long as reading the weights; for many, which computing bounds, they are written out first.
+    Of few rows it takes as long as reading the weights. For many, which computing bounds, and for float32, which tensor
+    cores do not multiply, weights are written out first.
     """
     x, int4 = x.contiguous(), weight.dtype == torch.int32
     (m, k), n = x.shape, weight.shape[0]
-    if m > FEW_ROWS:
+    if m > FEW_ROWS or x.dtype == torch.float32:
         whole = torch.empty((n, k), dtype=x.dtype, device=x.device)
         _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=int4, BLOCK=1024)
         return F.linear(x, whole)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     _few_rows[(triton.cdiv(n, 32),)](
-        x, weight, scale, out, m, n, k, INT4=int4, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=32, num_warps=4, num_stages=4)
+        x, weight, scale, out, m, n, k, INT4=int4, BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=32, num_warps=4,
+        num_stages=4)
     return out
