@@ -13,17 +13,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import launches_early
+from tpllm.engine.torch.kernels.gemv import _weights, launches_early
 
 ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
+INT8_NUMBERS, INT4_WORDS = 8, 4  # of each row in a program's tile, for each of its threads
+BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
 FEW_ROWS = 64  # of x, up to which weights become numbers inside of the product
-
-
-@triton.jit
-def _total(parts):
-    """Of the two inner dimensions; the last one is a thread's own."""
-    return tl.sum(tl.sum(parts, 2), 1)
 
 
 @triton.jit
@@ -40,103 +36,106 @@ def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.
 
 
 @triton.jit
-def _bytes(w, rows, columns, last, K):
-    """Numbers `[BLOCK_N, CHUNKS, 8]`, zeros beyond the edges."""
-    return tl.load(w + rows.to(tl.int64) * K + columns, mask=(rows < last) & (columns < K), other=0,
-                   eviction_policy="evict_first")
-
-
-@triton.jit
-def _int8(x, w, scales, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr):
-    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, columns = lines[:, None, None], tl.arange(0, CHUNKS)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+def _int8(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
     if EARLY:
         gdc_launch_dependents()
-    tile = _bytes(w, rows, columns, N, K)
-    tile2 = _bytes(w, rows + N, columns, 2 * N, K) if SWIGLU else tile
-    scale = tl.load(scales + lines, mask=lines < N, other=0.0)
-    scale2 = tl.load(scales + N + lines, mask=lines < N, other=0.0) if SWIGLU else scale
+    tile = _weights(pointers, rows, columns, N, K)
+    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
+    scale = tl.load(scales + rows, mask=rows < N, other=0.0)
+    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SWIGLU else scale
     if EARLY:
         gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, CHUNKS, 8], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 8], tl.float32)
-    squares = tl.zeros([1, CHUNKS, 8], tl.float32)
-    for k in range(0, K, CHUNKS * 8):
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
         inside = k + columns < K
         row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             squares += row * row
             row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * row
-        tile = _bytes(w, rows, k + CHUNKS * 8 + columns, N, K)
+        acc += tile.to(tl.float32) * row[None, :]
+        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
         if SWIGLU:
-            acc2 += tile2.to(tl.float32) * row
-            tile2 = _bytes(w, rows + N, k + CHUNKS * 8 + columns, 2 * N, K)
-    _finish(_total(acc) * scale, _total(acc2) * scale2, tl.sum(_total(squares), 0), residual, out, lines, N, K, epsilon,
+            acc2 += tile2.to(tl.float32) * row[None, :]
+            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+    _finish(tl.sum(acc, 1) * scale, tl.sum(acc2, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K, epsilon,
             NORM, RESIDUAL, SWIGLU)
 
 
 @triton.jit
-def _words(w, scales, rows, chunks, words, last, chunk_count):
-    """Words `[BLOCK_N, CHUNKS, 4]` and the scales `[BLOCK_N, CHUNKS, 1]` of their groups, zeros beyond the edges."""
-    inside = (rows < last) & (chunks < chunk_count)
-    tile = tl.load(w + rows.to(tl.int64) * (chunk_count * 4) + chunks * 4 + words, mask=inside, other=0,
-                   eviction_policy="evict_first")
-    scale = tl.load(scales + rows.to(tl.int64) * (chunk_count // 4) + chunks // 4, mask=inside, other=0.0)
-    return tile, scale.to(tl.float32)
-
-
-@triton.jit
-def _numbers(words, i: tl.constexpr):
+def _numbers(words, of_16, of_256, i: tl.constexpr):
     """What bits 4i to 4i + 3 of each word stand for, plus 264 for i of 1, 3 and 5, else 24; 8 of it is the layout's."""
     top: tl.constexpr = i + 1 if i % 2 == 1 and i < 7 else i  # so that one shift of the words serves two of them
     bits = words << (19 - 4 * top) if top < 5 else words >> (4 * top - 19)
     if top == i:
-        bits = (bits & 0x00780000) | 0x41800000  # the four highest bits of the mantissa of 16
+        bits = (bits & 0x00780000) | of_16  # the four highest bits of the mantissa
     else:
-        bits = (bits & 0x00078000) | 0x43800000  # the next four, of 256
+        bits = (bits & 0x00078000) | of_256  # the next four
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _int4(x, w, scales, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr):
-    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, chunks, words = lines[:, None, None], tl.arange(0, CHUNKS)[None, :, None], tl.arange(0, 4)[None, None, :]
-    count = tl.cdiv(K, 128) * 4  # a chunk is four words, a quarter of a group
-    columns = chunks // 4 * 128 + chunks % 4 * 4 + words
+def _chunks(parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of four words each, which one thread has: `[ROWS, BLOCK / 4]`."""
+    return tl.sum(tl.reshape(parts, [ROWS, BLOCK // 4, 4]), 2)
+
+
+@triton.jit
+def _scales(pointers, rows, chunks, N, count):
+    """Of the group that each chunk of four words is in."""
+    mask = (rows < N)[:, None] & (chunks < count)[None, :]
+    return tl.load(pointers + chunks[None, :] // 4, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    words, chunks, groups = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 4), tl.cdiv(K, 128)
+    columns, count = words // 16 * 128 + words % 16, groups * 16
+    pointers = w + rows.to(tl.int64)[:, None] * count + words[None, :]
+    factors = scales + rows.to(tl.int64)[:, None] * groups
+    # SwiGLU: the second half of the rows
+    pointers2, factors2 = pointers + N.to(tl.int64) * count, factors + N.to(tl.int64) * groups
     if EARLY:
         gdc_launch_dependents()
-    tile, scale = _words(w, scales, rows, chunks, words, N, count)
+    tile, scale = _weights(pointers, rows, words, N, count), _scales(factors, rows, chunks, N, groups * 4)
     if SWIGLU:
-        tile2, scale2 = _words(w, scales, rows + N, chunks, words, 2 * N, count)
+        tile2, scale2 = _weights(pointers2, rows, words, N, count), _scales(factors2, rows, chunks, N, groups * 4)
     if EARLY:
         gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, CHUNKS, 1], tl.float32), tl.zeros([BLOCK_N, CHUNKS, 1], tl.float32)
-    squares = tl.zeros([1, CHUNKS, 4], tl.float32)
-    for c in range(0, count, CHUNKS):
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for j in range(0, count, BLOCK_K):
         for i in tl.static_range(8):
-            place = c * 32 + columns + 16 * i
+            place = j * 8 + columns + 16 * i
             row = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
             if NORM:
                 squares += row * row
                 row *= tl.load(norm + place, mask=place < K, other=0.0).to(tl.float32)
             excess = row * (264.0 if i % 2 == 1 and i < 7 else 24.0)
-            product = _numbers(tile, i) * row
-            product2 = _numbers(tile2, i) * row if SWIGLU else product
+            product = _numbers(tile, of_16, of_256, i) * row[None, :]
+            product2 = _numbers(tile2, of_16, of_256, i) * row[None, :] if SWIGLU else product
             if i == 0:
                 total, part, part2 = excess, product, product2
             else:
                 total += excess
                 part += product
                 part2 += product2
-        total = tl.sum(total, 2, keep_dims=True)
-        acc += (tl.sum(part, 2, keep_dims=True) - total) * scale
-        tile, scale = _words(w, scales, rows, c + CHUNKS + chunks, words, N, count)
+        total = _chunks(total[None, :], 1, BLOCK_K)
+        acc += (_chunks(part, BLOCK_N, BLOCK_K) - total) * scale
+        after = j + BLOCK_K
+        tile = _weights(pointers + after, rows, after + words, N, count)
+        scale = _scales(factors, rows, after // 4 + chunks, N, groups * 4)
         if SWIGLU:
-            acc2 += (tl.sum(part2, 2, keep_dims=True) - total) * scale2
-            tile2, scale2 = _words(w, scales, rows + N, c + CHUNKS + chunks, words, 2 * N, count)
-    _finish(_total(acc), _total(acc2), tl.sum(_total(squares), 0), residual, out, lines, N, K, epsilon, NORM, RESIDUAL,
+            acc2 += (_chunks(part2, BLOCK_N, BLOCK_K) - total) * scale2
+            tile2 = _weights(pointers2 + after, rows, after + words, N, count)
+            scale2 = _scales(factors2, rows, after // 4 + chunks, N, groups * 4)
+    _finish(tl.sum(acc, 1), tl.sum(acc2, 1), tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL,
             SWIGLU)
 
 
@@ -150,10 +149,11 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     rows = ROWS // 2 if swiglu else ROWS
     programs = triton.cdiv(size, rows)
     warps = (2 if int8 else 1) * (2 if programs < FEW_PROGRAMS else 1)
+    tile = 32 * warps * (INT8_NUMBERS if int8 else INT4_WORDS)
     (_int8 if int8 else _int4)[(programs,)](
         x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size, columns,
-        epsilon, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows,
-        CHUNKS=32 * warps, num_warps=warps, launch_pdl=early)
+        epsilon, *BITS, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows,
+        BLOCK_K=tile, num_warps=warps, launch_pdl=early)
     return out
 
 
