@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int32": "I32"}  # safetensors' own
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' own
+STORED_NAMES = DTYPE_NAMES | {"int8": "I8", "int32": "I32"}
 
 
 def rank_file(rank: int) -> str:
@@ -144,9 +145,9 @@ class RankCheckpoint:
             if names:
                 raise DataError(f"{self.path} {verb} tensor(s): {', '.join(sorted(names)[:5])}")
         for name, (dtype, shape) in self.tensors.items():
-            if header[name] != (DTYPE_NAMES[dtype], shape):
+            if header[name] != (STORED_NAMES[dtype], shape):
                 raise DataError(f"{self.path}: {name} is {header[name][0]} {list(header[name][1])}, config.json says "
-                                f"{DTYPE_NAMES[dtype]} {list(shape)}")
+                                f"{STORED_NAMES[dtype]} {list(shape)}")
 
 
 def fingerprint(digests: dict[str, str]) -> str:
