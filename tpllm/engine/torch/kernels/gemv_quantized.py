@@ -19,7 +19,7 @@ ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
 INT8_NUMBERS, INT4_WORDS = 8, 4  # of each row in a program's tile, for each of its threads
 BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
-FEW_ROWS = 64  # of x, up to which weights become numbers inside of the product
+FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
         _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=int4, BLOCK=1024)
         return F.linear(x, whole)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    _few_rows[(triton.cdiv(n, 32),)](
-        x, weight, scale, out, m, n, k, INT4=int4, BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=32, num_warps=4,
-        num_stages=4)
+    block = max(16, triton.next_power_of_2(m))
+    _few_rows[(triton.cdiv(n, 32),)](x, weight, scale, out, m, n, k, INT4=int4, BLOCK_M=block, BLOCK_N=32, num_warps=4,
+                                     num_stages=6 if block <= 32 else 4)
     return out
