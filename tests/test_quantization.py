@@ -212,6 +212,7 @@ REFUSALS = {
     "another layout": ({"layout": "interleaved"}, ["'W4A16' is not supported"]),
     "TensorRT-LLM's own": ({"layout": None}, ["'W4A16' is not supported", "convert the original weights"]),
     "another group": ({"group_size": 64}, ["'W4A16' is not supported"]),
+    "no name": ({"quant_algo": False}, ["has unknown tensor(s)", "weights_scaling_factor"]),
     "quantized cache": ({"kv_cache_quant_algo": "INT8"}, ["kv_cache_quant_algo 'INT8'"]),
 }
 

@@ -99,7 +99,7 @@ class ModelConfig:
                 rotary_scaling=RopeScaling.from_json(data["rotary_scaling"]) if data.get("rotary_scaling") else None,
                 use_parallel_embedding=data.get("use_parallel_embedding", False),
                 embedding_sharding_dim=data.get("embedding_sharding_dim", 0),
-                quant_algo=(data.get("quantization") or {}).get("quant_algo"),
+                quant_algo=(data.get("quantization") or {}).get("quant_algo") or None,
             )
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise DataError(f"the model's config.json is not valid: {type(e).__name__}: {e}") from None

@@ -25,7 +25,7 @@ ALGOS = {"int8": "W8A16", "int4": "W4A16"}  # by --weight-only-precision
 SCALES = {"W8A16": "per_channel_scale", "W4A16": "weights_scaling_factor"}
 GROUP, WORDS = 128, 16  # columns of a group, words that hold them
 BLOCK = 1 << 20  # weights that are quantized at a time, which bounds what it takes beside input and result
-SCRATCH = 24 * BLOCK  # that, in bytes
+SCRATCH = 32 * BLOCK  # that, in bytes
 
 Spec = tuple[str, tuple[int, ...]]  # dtype and shape
 

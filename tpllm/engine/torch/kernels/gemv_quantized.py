@@ -157,7 +157,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A group of 128 columns at a time."""
     rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
