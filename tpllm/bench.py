@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence as AnySequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ def named_config(name: str, dtype: str) -> ModelConfig:
                        int(hidden) // int(heads), int(inner), 1e-5, base, int(context))
 
 
-def random_engine(name: str, dtype: str, limits: BuildConfig, world: World) -> EngineConfig:
+def random_engine(name: str, dtype: str, quant_algo: str | None, limits: BuildConfig, world: World) -> EngineConfig:
     """What an engine of a published shape is built from."""
-    return EngineConfig(named_config(name, dtype), limits, world.size, "", versions())
+    return EngineConfig(replace(named_config(name, dtype), quant_algo=quant_algo), limits, world.size, "", versions())
 
 
 def load(directory: Path, world: World) -> tuple[ModelRunner, str, float]:
@@ -197,7 +198,8 @@ def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, An
     cuda = config.build.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"model": model, "weights": weights, "tp_size": config.tp_size, "dtype": config.model.dtype,
-            "quant_algo": None, "backend": config.build.backend, "max_batch_size": config.build.max_batch_size,
+            "quant_algo": config.model.quant_algo, "backend": config.build.backend,
+            "max_batch_size": config.build.max_batch_size,
             "device": torch.cuda.get_device_name() if cuda else processor_name(),
             "peak_memory_bytes": max(world.allgather(peak)), "hosts": len(set(world.allgather(world.host))),
             "versions": config.versions, "commit": commit(), "command": shlex.join(["tpllm", *sys.argv[1:]]),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpllm.cli.options import add_quantization_arguments, quant_algo
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=tuple(BACKENDS), default="inductor", help="of an engine that is built")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="likewise")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="likewise")
+    add_quantization_arguments(parser)
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="likewise (default: what is measured)")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32],
                         help="sequences at a time whose latency is measured; none: no latency")
@@ -66,7 +68,8 @@ def bench(args: argparse.Namespace, world: World) -> int:
     built = None
     if not world.broadcast(args.engine_dir.is_dir()):
         started = time.perf_counter()
-        build_engines(bench.random_engine(args.model, args.dtype, limits(args), world), args.engine_dir, None, world)
+        build_engines(bench.random_engine(args.model, args.dtype, quant_algo(args), limits(args), world),
+                      args.engine_dir, None, world)
         built = time.perf_counter() - started
     runner, weights, seconds = bench.load(args.engine_dir, world)
     model = args.model if weights == "random" else Path(weights).name
@@ -92,6 +95,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured."""
     from tpllm.errors import UsageError
 
+    quant_algo(args)
     if min([args.repeats, args.input_len, args.concurrency or 1, *args.batch_sizes]) < 1 or args.output_len < 2:
         raise UsageError("--batch-sizes, --repeats, --input-len and --concurrency start at 1, --output-len at 2")
 
