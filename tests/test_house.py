@@ -23,7 +23,7 @@ MAX_CORE, MAX_PART = 5000, 650  # lines of code
 PARTS = {
     "batch": ("batch", "cli.batch"),
     "bench": ("bench", "cli.bench"),
-    "convert": ("checkpoint.convert", "cli.convert"),
+    "convert": ("checkpoint.convert", "cli.convert", "checkpoint.verify", "cli.inspect", "cli.verify"),
     "demo": ("demo", "cli.demo"),
     "doctor": ("doctor", "cli.doctor"),
     "eval": ("evaluate", "cli.eval"),
@@ -31,7 +31,6 @@ PARTS = {
     "sbatch": ("launch.sbatch", "cli.sbatch"),
     "quantization": ("quantization", "engine.torch.quantized", "engine.torch.kernels.gemv_quantized"),
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
-    "verify": ("checkpoint.verify", "cli.inspect", "cli.verify"),
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
     "gpus": ("engine.torch.communicator", "engine.torch.cuda", "engine.torch.memory"),
