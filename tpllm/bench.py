@@ -54,7 +54,11 @@ def named_config(name: str, dtype: str) -> ModelConfig:
 
 def random_engine(name: str, dtype: str, limits: BuildConfig, world: World) -> EngineConfig:
     """What an engine of a published shape is built from."""
-    return EngineConfig(named_config(name, dtype), limits, world.size, "", versions())
+    model = named_config(name, dtype)
+    if problem := model.tp_problem(world.size):
+        raise UsageError(f"{name} cannot be split over {world.size} ranks: {problem}; it can over "
+                         f"{', '.join(map(str, model.valid_tp_sizes(16)))}")
+    return EngineConfig(model, limits, world.size, "", versions())
 
 
 def load(directory: Path, world: World) -> tuple[ModelRunner, str, float]:

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="likewise")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="likewise")
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="likewise (default: what is measured)")
+    parser.add_argument("--max-input-len", type=int, metavar="N", help="likewise")
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help="likewise")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32],
                         help="sequences at a time whose latency is measured; none: no latency")
     parser.add_argument("--prefill-lens", type=int, nargs="*", default=(), metavar="N",
@@ -67,7 +69,8 @@ def bench(args: argparse.Namespace, world: World) -> int:
     built, model = None, args.model or "llama-2-7b"
     if not world.broadcast(args.engine_dir.is_dir()):
         started = time.perf_counter()
-        build_engines(bench.random_engine(model, args.dtype, limits(args), world), args.engine_dir, None, world)
+        config = world.together("build", lambda: bench.random_engine(model, args.dtype, limits(args), world))
+        build_engines(config, args.engine_dir, None, world)
         built = time.perf_counter() - started
     runner, weights, seconds = bench.load(args.engine_dir, world)
     if weights != "random":
@@ -111,5 +114,6 @@ def check(args: argparse.Namespace) -> None:
 def limits(args: argparse.Namespace) -> BuildConfig:
     """Of an engine for just what is to be measured."""
     batch = args.max_batch_size or args.concurrency or max([*args.batch_sizes, args.check_tokens]) or 8
-    longest = max([args.input_len, *args.prefill_lens])
-    return BuildConfig(args.backend, args.device, batch, longest, max(args.input_len + args.output_len, longest + 1))
+    longest = args.max_input_len or max([args.input_len, *args.prefill_lens])
+    total = args.max_seq_len or max(args.input_len + args.output_len, longest + 1)
+    return BuildConfig(args.backend, args.device, batch, longest, total)
