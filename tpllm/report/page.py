@@ -142,7 +142,8 @@ def decode_tables(rows: Sequence[Row]) -> list[str]:
         ("tp", "batch", "in / out", "tokens/s (spread)", "speed-up", "efficiency", "weak efficiency",
          "ms/token p50 / p90 / p99", "first token, ms", "J/token", "tokens against the baseline"),
         [(tp_of(r), r["batch_size"], f"{r['input_len']} / {r['output_len']}", spread(r), number(r["speedup"]),
-          percent(r["efficiency"]), percent(r.get("weak_efficiency")),
+          percent(r["efficiency"]),
+          percent(r["weak_efficiency"]) if r["weak_baseline_tp_size"] != r["tp_size"] else None,
           " / ".join(number(r[f"ms_per_token_p{p}"]) or "?" for p in (50, 90, 99)), number(r["ttft_ms"]),
           number(r["joules_per_token"]), (r["agreement"] or "").partition(":")[0]) for r in rows]),
         "Measured and expected: the model of a step is bytes over bandwidth (or operations over their rate, if that is "

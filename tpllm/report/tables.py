@@ -50,7 +50,7 @@ def groups(records: Iterable[Record]) -> dict[tuple[Any, ...], list[Record]]:
         else:  # a conversion, whose dtype and device only later records say
             general.append(record)
     for key, group in found.items():
-        group += [record for record in general if record["model"] == key[0]]
+        group[:0] = [record for record in general if record["model"] == key[0]]
     return found
 
 
