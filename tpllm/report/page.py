@@ -25,7 +25,8 @@ CAPTIONS = {
     "time-per-token": "Where a token's time goes, smallest and largest batch. Measured: the whole, and all-reduces "
                       "(their number times the time of one, measured alone in the same run). Derived: weights and "
                       "cache, from bytes over the bandwidth and operations over the rate that were measured in the "
-                      "same run, cut where that is more than the whole. Other: what is left.",
+                      "same run, cut where that is more than the whole. Other: what is left. Points whose ranks took "
+                      "turns are left out.",
     "roofline": "Roofline of one rank: markers are decode steps and prefills (operations and bytes derived from the "
                 "model's sizes, time measured), lines what the machine gave to a plain read and to a matrix product "
                 "while all ranks did the same.",
@@ -45,7 +46,7 @@ def number(value: float | None, digits: int = 3) -> str | None:
     """To so many significant digits, without an exponent."""
     if value is None:
         return None
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def percent(value: float | None) -> str | None:
@@ -129,6 +130,11 @@ def section(group: Sequence[Record], rows: Sequence[Row], predicted: Sequence[Ro
     if crowded := sorted({r["tp_size"] for r in group if "cores_per_host" in r and is_crowded(r)}):
         lines += [f"**At tp {', '.join(map(str, crowded))} there were more threads than cores, so that ranks took "
                   "turns: these points say little of scaling, and predictions leave them out.**"]
+    largest = max(group, key=lambda r: int(r["tp_size"]))
+    if links := largest.get("topology"):
+        sm = (largest.get("clocks") or {}).get("sm_mhz") or ["not told"]
+        lines += [f"At tp {largest['tp_size']} each GPU reached {min(links['peers'])} others' memory, with NVLinks: "
+                  f"{links['nvlinks'][0] or 'not told'}; SM clocks in MHz: {', '.join(map(str, sm))}."]
     lines += ["", *decode_tables(decode)]
     for name in drawn:
         lines += [f"![{name}]({prefix}{name}.png)", "", CAPTIONS[name].format(base=base), ""]

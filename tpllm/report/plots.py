@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tpllm.report.model import Record, expected, measured_parts, work_of
+from tpllm.report.model import Record, expected, is_crowded, measured_parts, work_of
 from tpllm.report.tables import Row, can_model
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -45,7 +45,7 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
 def legend_below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, whose lines are the same."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * len(figure.axes)))
 
 
 def powers(axes: Axes, values: Iterable[float]) -> None:
@@ -99,8 +99,9 @@ def strong_scaling(rows: Sequence[Row]) -> Figure:
     base = min(row["baseline_tp_size"] for row in rows)
     speedup.plot(sizes, [tp / base for tp in sizes], color=GREY, linewidth=0.9, label="ideal")
     efficiency.plot(sizes, [100] * len(sizes), color=GREY, linewidth=0.9)
-    for axes in (speedup, efficiency):
-        axes.set_ylim(0, 1.08 * axes.dataLim.y1)
+    efficiency.set_ylim(0, 1.08 * efficiency.dataLim.y1)
+    speedup.set_yscale("log", base=2)  # where the ideal is a straight line
+    speedup.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     legend_below(figure, speedup)
     return figure
 
@@ -172,7 +173,9 @@ def weak_scaling(rows: Sequence[Row]) -> Figure | None:
     """None where no batch sizes grew with the ranks."""
     rows = [row | {"each": row["batch_size"] / row["tp_size"], "weak": 100 * row["weak_efficiency"]} for row in rows
             if row.get("weak_efficiency")]
-    rows = [row for row in rows if sum(other["each"] == row["each"] for other in rows) > 1]
+    least = min((row["tp_size"] for row in rows), default=1)
+    rows = [row for row in rows if row["weak_baseline_tp_size"] == least
+            and sum(other["each"] == row["each"] for other in rows) > 1]
     if not rows:
         return None
     figure, (axes,) = panels(1, 3.6)
@@ -206,7 +209,7 @@ def roofline(records: Sequence[Record], prefills: Sequence[Record]) -> Figure:
                   linewidth=1, **style(number) | {"marker": ""})
     axes.set(xlabel="arithmetic intensity (FLOP/byte)", ylabel="GFLOP/s of a rank")
     decimals(axes, "x", "y")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(sizes), 3))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -237,6 +240,7 @@ def draw_all(rows: Sequence[Row], records: Sequence[Record], predicted: Sequence
              prefix: str) -> list[str]:
     """Save a group's figures; returns their names. Rows and records are of decode, of one pair of lengths."""
     explained = [record for record in records if can_model(record)]
+    calm = [record for record in explained if not is_crowded(record)] or explained
     prefills = [record for record in records if record["kind"] == "prefill" and "sizes" in record]
     decode = [row for row in rows if row["kind"] == "decode"]
     made: dict[str, Callable[[], Figure | None]] = {}
@@ -244,7 +248,7 @@ def draw_all(rows: Sequence[Row], records: Sequence[Record], predicted: Sequence
         made |= {"strong-scaling": lambda: strong_scaling(decode), "latency": lambda: latency(decode),
                  "pareto": lambda: pareto(decode), "weak-scaling": lambda: weak_scaling(decode)}
     if explained:
-        made |= {"time-per-token": lambda: time_per_token(explained),
+        made |= {"time-per-token": lambda: time_per_token(calm),
                  "roofline": lambda: roofline(explained, prefills),
                  "model": lambda: model_and_measured(explained, predicted)}
     names = []
