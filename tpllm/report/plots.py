@@ -45,7 +45,7 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
 def legend_below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, whose lines are the same."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * len(figure.axes)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * len(figure.axes) - 1))
 
 
 def powers(axes: Axes, values: Iterable[float]) -> None:
