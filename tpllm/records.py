@@ -1,4 +1,8 @@
-"""Run records on disk: JSON objects, one a line, added by any process and read whole."""
+"""Run records on disk: JSON objects, one a line, added by any process and read whole.
+
+`kind` is `decode`, `prefill`, `throughput`, `mixed`, `build`, `load` or `convert`; `tokens`, greedy answers to compare
+across tp sizes; or `error`, a `case` that could not be measured.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--against", type=Path, metavar="DIR", help="compare with the results in another directory")
     add("--sbatch", nargs="?", const="", metavar="OPTIONS",
         help="print the script of a Slurm array job, a task a tp size, with these options of tpllm sbatch in one word, "
-             "such as '--gpus-per-node 8 --submit'")
+             "such as '--gpus-per-node 8 --submit'; --report-only makes the report when they are done")
     add("--task", type=int, metavar="I", help=argparse.SUPPRESS)  # of an array job: tp size number I, without a report
 
 

@@ -141,7 +141,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-PARTS = (("weights (derived)", COLOURS[2], "//"), ("cache (derived)", COLOURS[6], "--"),
+PARTS = (("weights, GEMMs (derived)", COLOURS[2], "//"), ("cache, attention (derived)", COLOURS[6], "--"),
          ("all-reduce (measured)", COLOURS[1], "xx"), ("other (the rest)", "#eeeeee", ""))
 
 
