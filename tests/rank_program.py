@@ -1,12 +1,13 @@
 """Runs under mpirun: a list of jobs on every rank, so that all cases of one rank count share a start.
 
 `mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
-"prompts": […], "out": file}`.
+"prompts": […], "out": file}`, or `{"hosts": N}`: the ranks then look to NCCL like N hosts.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def run_job(job: dict[str, Any], world: World) -> None:
         code = main(job["tpllm"])
         if code:
             raise RuntimeError(f"exit code {code}: {job['tpllm']}")
+    elif "hosts" in job:
+        os.environ["NCCL_HOSTID"] = f"host{world.rank * job['hosts'] // world.size}"
     else:
         logits = all_logits(ModelRunner.from_dir(job["logits"], world=world), job["prompts"])
         if world.is_first:

@@ -311,11 +311,11 @@ def test_a_row_among_others_gets_what_it_gets_alone(batch: list[tuple[RowState, 
     def fresh(row: RowState) -> RowState:
         return replace(row)  # with a generator that has drawn nothing yet
 
-    alone = [[choose(logits[None], [r])[0] for _ in range(3)] for r, logits in ((fresh(r), x) for r, x in batch)]
+    alone = [[choose(logits[None], [r]).item() for _ in range(3)] for r, logits in ((fresh(r), x) for r, x in batch)]
     order = data.draw(st.permutations(range(len(batch))))
     mixed, logits = [fresh(batch[i][0]) for i in order], torch.stack([batch[i][1] for i in order])
     before = logits.clone()
-    together = [choose(logits, mixed) for _ in range(3)]
+    together = [choose(logits, mixed).tolist() for _ in range(3)]
     assert [list(tokens) for tokens in zip(*together, strict=True)] == [alone[i] for i in order]
     assert torch.equal(logits, before)
 
@@ -323,7 +323,7 @@ def test_a_row_among_others_gets_what_it_gets_alone(batch: list[tuple[RowState, 
 @given(row=rows(), logits=LOGITS)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_what_is_filtered_out_is_never_chosen(row: RowState, logits: Tensor) -> None:
-    chosen = {choose(logits[None], [row])[0] for _ in range(20)}
+    chosen = {choose(logits[None], [row]).item() for _ in range(20)}
     if leaves_nothing(row):
         assert chosen <= set(row.params.allowed_token_ids or range(VOCAB))
         return
@@ -370,7 +370,7 @@ def test_rows_cost_no_operations_of_their_own() -> None:
 
 def draws(row: RowState, n: int = 40) -> list[int]:
     logits = torch.linspace(-1, 1, 100)[None]
-    return [choose(logits, [row])[0] for _ in range(n)]
+    return [choose(logits, [row]).tolist()[0] for _ in range(n)]
 
 
 def test_the_seed_decides_the_draws_and_each_sample_has_its_own() -> None:
@@ -404,7 +404,7 @@ def test_draws_follow_the_probabilities(fields: dict[str, Any]) -> None:
     counts = torch.zeros(6)
     for _ in range(n // 100):  # rows of one step and steps of one row
         states = [row, *(row_of(replace(params, seed=int(i)), [0]) for i in torch.randint(2**60, (99,)))]
-        counts += torch.bincount(torch.tensor(choose(logits.expand(100, -1), states)), minlength=6)
+        counts += torch.bincount(choose(logits.expand(100, -1), states), minlength=6)
     expected = of_transformers(logits, row).softmax(-1)
     deviation = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1e-9)
     assert float(deviation.max()) < 4.5  # standard deviations

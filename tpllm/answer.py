@@ -179,8 +179,7 @@ class Answer:
 
     def accept(self, branch: Branch, token: int, logprobs: Logprobs | None, scheduler: Scheduler[Branch],
                ) -> list[TokenEvent]:
-        """A branch's next token was drawn."""
-        branch.tokens.append(token)
+        """A branch's next token, its tokens' last, is known."""
         completion = self._completions[branch.number]
         text = completion.push(token, logprobs)
         if completion.output.finish_reason:

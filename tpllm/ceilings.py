@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from tpllm.distributed import World
     from tpllm.runner import ModelRunner
 
-GRAPH_CALLS = 50  # all-reduces in the CUDA graph that is timed
-
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -54,36 +52,23 @@ def best_rate(world: World, amount: int, work: Callable[[], torch.Tensor]) -> fl
     return min(world.allgather(best))
 
 
-def all_reduce_seconds(runner: ModelRunner, batch: int) -> float:
-    """Median time of the engine's all-reduce at the model's message size, on GPUs inside a CUDA graph. Collective."""
+def all_reduce_path(runner: ModelRunner, batch: int) -> tuple[str, float]:
+    """Which way the engine's all-reduces go at the model's message size, and the median seconds of one. Collective."""
     import torch
 
     from tpllm.engine.torch import collectives
 
-    config = runner.engine.config
-    x = torch.ones(batch, config.model.hidden_size, dtype=getattr(torch, config.model.dtype),
-                   device=config.build.device)
-    runner.world.barrier()
+    if (gpus := collectives.communicator()) is not None:
+        path = gpus.path(batch)
+        return path.path, path.us / 1e6
+    model = runner.engine.config.model
+    x = torch.ones(batch, model.hidden_size, dtype=getattr(torch, model.dtype))
     seconds = []
-    if config.build.device == "cpu":
-        for _ in range(200):
-            started = time.perf_counter()
-            collectives.all_reduce(x)
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[20:])
-    collectives.all_reduce(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
-            collectives.all_reduce(x)
-    for _ in range(20):
-        torch.cuda.synchronize()
+    for _ in range(200):
         started = time.perf_counter()
-        graph.replay()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - started) / GRAPH_CALLS)
-    return statistics.median(seconds[2:])
+        collectives.all_reduce(x)
+        seconds.append(time.perf_counter() - started)
+    return "mpi", statistics.median(seconds[20:])
 
 
 def explain(record: dict[str, Any], runner: ModelRunner, ceilings: Ceilings) -> dict[str, Any]:
@@ -91,7 +76,8 @@ def explain(record: dict[str, Any], runner: ModelRunner, ceilings: Ceilings) -> 
     config, world = runner.engine.config, runner.world
     model, batch = config.model, record["batch_size"]
     # TensorRT's all-reduces are layers of its own, which nothing outside of its engine can call.
-    reduce = all_reduce_seconds(runner, batch) if world.size > 1 and config.build.backend != "tensorrt" else 0.0
+    own = world.size > 1 and config.build.backend != "tensorrt"
+    path, reduce = all_reduce_path(runner, batch) if own else ("", 0.0)
     if not world.is_first:
         return record
     step = record["ms_per_token"] / 1e3
@@ -99,7 +85,6 @@ def explain(record: dict[str, Any], runner: ModelRunner, ceilings: Ceilings) -> 
     cache = batch * (record["input_len"] + record["output_len"] / 2) * model.num_hidden_layers * row
     share = 2 * model.num_hidden_layers * reduce / step
     read = weight_bytes(model.to_json(), config.tp_size) + cache
-    path = "mpi" if config.build.device == "cpu" else "gpu"
     return record | {
         "bandwidth_share": round(read / step / ceilings.bandwidth, 3),
         "bandwidth_gb_s": round(ceilings.bandwidth / 1e9, 1), "peak_tflops": round(ceilings.flops / 1e12, 4),

@@ -119,9 +119,7 @@ class Heartbeat:
     def connect(self, meeting: Meeting, first_host: str) -> bool:
         """The other ranks: reach rank 0 at one of its addresses."""
         for address in meeting.addresses:
-            try:
-                sock = socket.create_connection((address, meeting.port), timeout=CONNECT_SECONDS / 2)
-            except OSError:
+            if (sock := connection(address, meeting.port)) is None:
                 continue
             peer = Peer(sock, 0, first_host)
             peer.send({"token": meeting.token, "rank": self.rank, "host": self.host})
@@ -198,6 +196,22 @@ def parsed(line: bytes) -> Any:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def connection(address: str, port: int) -> socket.socket | None:
+    try:
+        return socket.create_connection((address, port), timeout=CONNECT_SECONDS / 2)
+    except OSError:
+        return None
+
+
+def reach(addresses: tuple[str, ...], port: int) -> str | None:
+    """The first of another host's addresses at which something listens."""
+    for address in addresses:
+        if sock := connection(address, port):
+            sock.close()
+            return address
+    return None
 
 
 def own_addresses() -> tuple[str, ...]:

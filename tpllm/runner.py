@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpllm.answer import Answer, Branch, CompletionOutput, GenerationOutput, Job, Logprobs, TokenEvent
 from tpllm.distributed import World
 from tpllm.engine import find_backend
-from tpllm.engine.base import Engine, EngineConfig, StepInput
+from tpllm.engine.base import MAX_STEP_TOKENS, Engine, EngineConfig, StepInput
 from tpllm.errors import DataError, MismatchError, UsageError
 from tpllm.mapping import Mapping
 from tpllm.sampling import SamplingParams, choose, token_logprobs
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Prompt = str | AnySequence[int]
-MAX_STEP_TOKENS = 2048
+UNKNOWN = -1  # a token that the engine has and the host does not
 
 
 class Collector:
@@ -118,6 +119,8 @@ class ModelRunner:
         """The other ranks' side: run what rank 0 sends until it sends the end."""
         while (step := self.world.broadcast(None)) is not None:
             self.engine.step(step)
+            if step.feeds:
+                self.engine.feed(step.feeds, None)
         yield from ()
 
     def _lead(self, source: Iterator[Job], drain_seconds: float) -> Iterator[TokenEvent]:
@@ -128,14 +131,26 @@ class ModelRunner:
         scheduler = Scheduler(self.engine.capacity, self.max_batch_size, MAX_STEP_TOKENS, admitted, self.engine.unit)
         end: StepInput | None = None
         until = float("inf")
+        flight: Flight | None = None
         try:
-            while work := scheduler.next_step():
+            while (work := scheduler.next_step()) or flight:
                 if world.draining:
                     until = min(until, time.monotonic() + drain_seconds)
                     if time.monotonic() >= until:
                         break
-                step, parts = work
-                yield from advance(self.engine.step(world.broadcast(step)), parts, scheduler)
+                before, flight = flight, None
+                turn = Turn.take(*work, scheduler) if work else None
+                if turn:
+                    ahead = self.engine.ahead and turn.free
+                    feeds = len(turn.drawing) if ahead else 0
+                    logits = self.engine.step(world.broadcast(replace(turn.step, feeds=feeds)))
+                    flight = turn.fly(logits, self.engine) if feeds else None
+                if before:
+                    yield from before.land(scheduler)
+                if turn:
+                    yield from turn.end(logits, scheduler, ahead)
+            if flight:
+                yield from flight.land(scheduler)
         finally:
             world.broadcast(end)
 
@@ -154,35 +169,93 @@ class ModelRunner:
         return ids
 
 
-def advance(logits: torch.Tensor, parts: list[tuple[Branch, slice]], scheduler: Scheduler[Branch],
-            ) -> Iterator[TokenEvent]:
-    """Give a step's logits `[R, vocab]` to the sequences they are for; each complete one gets its next token."""
-    rows: list[int] = []
-    drawing: list[Branch] = []
-    beams: dict[Answer, dict[Branch, int]] = {}
-    for branch, place in parts:
-        branch.answer.score_prompt(branch, logits[place])
-        if branch.pending:
-            continue
-        if branch.answer.searches:
-            beams.setdefault(branch.answer, {})[branch] = place.stop - 1
-            continue
-        drawers = branch.answer.drawers(branch, scheduler)
-        drawing += drawers
-        rows += [place.stop - 1] * len(drawers)
-    if drawing:
-        mine = logits if rows == list(range(len(logits))) else logits[rows]
-        tokens = choose(mine, [branch.row for branch in drawing])
-        logprobs = chosen_logprobs(mine, tokens, drawing)
-        for branch, token, found in zip(drawing, tokens, logprobs, strict=True):
-            yield from branch.answer.accept(branch, token, found, scheduler)
-    for answer, of_beams in beams.items():
-        yield from answer.search(logits, of_beams, scheduler)
+@dataclass(frozen=True)
+class Flight:
+    """A step whose tokens are being computed while the next one is begun."""
+
+    drawing: list[Branch]
+    places: list[int]  # of the tokens among each branch's
+    logits: torch.Tensor | None  # where log-probabilities are wanted
+    tokens: Callable[[], list[int]]
+
+    def land(self, scheduler: Scheduler[Branch]) -> Iterator[TokenEvent]:
+        """Wait for the tokens and give them to the branches that still go on."""
+        tokens = self.tokens()
+        logprobs = chosen_logprobs(self.logits, tokens, self.drawing)
+        for branch, place, token, found in zip(self.drawing, self.places, tokens, logprobs, strict=True):
+            if not branch.ended:
+                branch.tokens[place] = token
+                if place == len(branch.tokens) - 1:
+                    branch.fed = -1
+                yield from branch.answer.accept(branch, token, found, scheduler)
 
 
-def chosen_logprobs(logits: torch.Tensor, tokens: list[int], drawing: list[Branch]) -> list[Logprobs | None]:
+@dataclass(frozen=True)
+class Turn:
+    """A step and what becomes of its logits."""
+
+    step: StepInput
+    parts: list[tuple[Branch, slice]]
+    drawing: list[Branch]
+    rows: list[int]  # of the logits, one a drawing branch
+    beams: dict[Answer, dict[Branch, int]]
+
+    @classmethod
+    def take(cls, step: StepInput, parts: list[tuple[Branch, slice]], scheduler: Scheduler[Branch]) -> Turn:
+        """Each complete sequence of the step gets its next token."""
+        turn = cls(step, parts, [], [], {})
+        for branch, place in parts:
+            if branch.pending:
+                continue
+            if branch.answer.searches:
+                turn.beams.setdefault(branch.answer, {})[branch] = place.stop - 1
+                continue
+            drawers = branch.answer.drawers(branch, scheduler)
+            turn.drawing.extend(drawers)
+            turn.rows.extend([place.stop - 1] * len(drawers))
+        return turn
+
+    @property
+    def free(self) -> bool:
+        """No choice of this step needs to know what was chosen before it."""
+        return not self.beams and not any(branch.row.edits for branch in self.drawing)
+
+    def fly(self, logits: torch.Tensor, engine: Engine) -> Flight:
+        """Choose without waiting; the branches go on with tokens that are not known yet."""
+        mine = self._mine(logits)
+        tokens = engine.feed(len(self.drawing), choose(mine, [branch.row for branch in self.drawing]))
+        asked = any(branch.row.params.logprobs is not None for branch in self.drawing)
+        flight = Flight(self.drawing, [len(branch.tokens) for branch in self.drawing], mine if asked else None, tokens)
+        for number, branch in enumerate(self.drawing):
+            branch.fed = number
+            branch.tokens.append(UNKNOWN)
+        return flight
+
+    def end(self, logits: torch.Tensor, scheduler: Scheduler[Branch], flown: bool) -> Iterator[TokenEvent]:
+        """Score the prompts that ask for it; unless it has `flown`, choose and report what was chosen."""
+        for branch, place in self.parts:
+            branch.answer.score_prompt(branch, logits[place])
+        if self.drawing and not flown:
+            mine = self._mine(logits)
+            tokens = choose(mine, [branch.row for branch in self.drawing]).tolist()
+            logprobs = chosen_logprobs(mine, tokens, self.drawing)
+            for branch, token, found in zip(self.drawing, tokens, logprobs, strict=True):
+                if not branch.ended:  # by a token that the step before was still computing
+                    branch.tokens.append(token)
+                    yield from branch.answer.accept(branch, token, found, scheduler)
+        for answer, of_beams in self.beams.items():
+            yield from answer.search(logits, of_beams, scheduler)
+
+    def _mine(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.rows == list(range(len(logits))) else logits[self.rows]
+
+
+def chosen_logprobs(logits: torch.Tensor | None, tokens: list[int],
+                    drawing: list[Branch]) -> list[Logprobs | None]:
     """The log-probabilities that each branch asks for, by its row of `logits` and the token chosen from it."""
     found: list[Logprobs | None] = [None] * len(drawing)
+    if logits is None:
+        return found
     for top in {branch.row.params.logprobs for branch in drawing} - {None}:
         asking = [i for i, branch in enumerate(drawing) if branch.row.params.logprobs == top]
         for i, one in zip(asking, token_logprobs(logits[asking], [tokens[i] for i in asking], top or 0), strict=True):

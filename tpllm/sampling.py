@@ -174,8 +174,8 @@ def bad_word_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> tu
     return tuple(sorted(found - {()}))
 
 
-def choose(logits: Tensor, rows: Sequence[RowState]) -> list[int]:
-    """The next token of every row from float32 logits `[rows, vocab]`, which are left as they are.
+def choose(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """The next token `[rows]` of every row from float32 logits `[rows, vocab]`, which are left as they are.
 
     Filters in transformers' order and meaning. A row's choice depends on nothing but its own logits and state.
     Bans that leave no token at all give way; only `allowed_token_ids` hold then.
@@ -191,8 +191,7 @@ def choose(logits: Tensor, rows: Sequence[RowState]) -> list[int]:
     if drawn := [i for i, row in enumerate(rows) if row.params.temperature > 0]:
         which = torch.tensor(drawn, device=logits.device)
         best[which] = draw(logits[which], [rows[i] for i in drawn])
-    chosen: list[int] = best.tolist()  # the step's only question to the device
-    return chosen
+    return best
 
 
 def process(scores: Tensor, rows: Sequence[RowState]) -> Tensor:

@@ -46,6 +46,8 @@ class Sequence:
     every_row: bool = False  # logits are wanted for each of its tokens
     start: int = -1
     cached: int = 0
+    fed: int = -1  # the last token is not known yet: its place among those of the step before
+    ended: bool = False
 
     @property
     def pending(self) -> int:
@@ -82,9 +84,11 @@ class Scheduler(Generic[S]):
         # Sequences that only need one token come first: prefill must not hold up decode.
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
             take = min(sequence.pending, budget)
-            if take:
+            if take and len(sequence.tokens) < sequence.max_len:  # of a full one only the last token is to be known
                 parts.append((sequence, take))
                 budget -= take
+        if not parts:
+            return None
         step, counts = pack(parts, self._copies)
         self._copies = []
         for sequence, take in parts:
@@ -101,7 +105,8 @@ class Scheduler(Generic[S]):
                 self._copies.append((source.start, target.start, cached))
 
     def finish(self, sequence: S) -> None:
-        """A sequence has ended: its rows are free again."""
+        """A sequence has ended: its rows are free again, for steps after those that have begun."""
+        sequence.ended = True
         self._arena.give_back(sequence.start)
         self.running.remove(sequence)
 
@@ -137,6 +142,10 @@ def pack(parts: list[tuple[S, int]], copies: list[tuple[int, int, int]]) -> tupl
             yield from sequence.tokens[sequence.cached:sequence.cached + take]
 
     ends = np.cumsum([take for _, take in parts], dtype=np.int32)
+    fed = None
+    if any(s.fed >= 0 for s, _ in parts):
+        fed = np.full(ends[-1], -1, np.int32)
+        fed[ends - 1] = [s.fed for s, _ in parts]
     counts = [take if s.every_row else int(take == s.pending) for s, take in parts]
     rows = [np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends.tolist(), counts, strict=True)]
     return StepInput(
@@ -144,4 +153,4 @@ def pack(parts: list[tuple[S, int]], copies: list[tuple[int, int, int]]) -> tupl
         query_start=np.concatenate([np.zeros(1, np.int32), ends]),
         start=np.array([s.start for s, _ in parts], dtype=np.int32),
         length=np.array([s.cached + take for s, take in parts], dtype=np.int32),
-        rows=np.concatenate(rows), copies=np.array(copies, dtype=np.int32).reshape(-1, 3)), counts
+        rows=np.concatenate(rows), copies=np.array(copies, dtype=np.int32).reshape(-1, 3), fed=fed), counts

@@ -16,6 +16,7 @@ DEFAULTS = {
     "TPLLM_KEEPALIVE_SECONDS": "10",  # of silence between mpirun and a host before it is probed
     "TPLLM_DRAIN_SECONDS": "30",  # between a SIGTERM to launch, which drains the ranks, and their end
     "TPLLM_ALLREDUCE_US": "50",  # assumed for one small all-reduce between hosts, or GPUs without peer access
+    "TPLLM_ALL_REDUCE": "auto",  # push, two-shot or nccl: the only path between GPUs, in place of the fastest
     "TPLLM_MEMORY_GB_S": "",  # assumed for one rank's memory; empty: 20 for a CPU, 3000 for a GPU
     "TPLLM_SITE": "~/.config/tpllm/site.toml",  # the profile of tpllm sbatch
 }

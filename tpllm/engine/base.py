@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from collections.abc import Mapping as TypingMapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 META = "engine.json"
+MAX_STEP_TOKENS = 2048  # of one step: longer prompts come in chunks
 RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
 
 
@@ -118,6 +120,9 @@ class StepInput:
     rows: NDArray[np.int32]  # [R] which of the T tokens need logits
     # [C, 3] runs of arena rows to copy before the step: first row, first row to write, count; all are read first
     copies: NDArray[np.int32] | None = None
+    # [T] for a token that the host does not know yet: its place among those that `feed` was given last; else -1
+    fed: NDArray[np.int32] | None = None
+    feeds: int = 0  # tokens that `feed` is given after this step; 0: it is not called
 
 
 class Engine(Protocol):
@@ -126,9 +131,17 @@ class Engine(Protocol):
     config: EngineConfig
     capacity: int  # rows of the cache arena
     unit: int  # sequences own runs of this many rows, or of a multiple of it, beginning at a multiple of it
+    ahead: bool  # `step` returns before its logits are computed, so the next one may begin before they are
 
     def step(self, step: StepInput) -> torch.Tensor:
         """Float32 logits `[R, vocab]`, whole on every rank, on the engine's device."""
+
+    def feed(self, count: int, tokens: torch.Tensor | None) -> Callable[[], list[int]]:
+        """Keep what the last step's sequences go on with, `tokens [count]` on rank 0, on the device for the next step.
+
+        Only of engines that run ahead; collective. The result waits for these tokens and returns them.
+        """
+        raise AssertionError("steps of this engine are not begun ahead")
 
 
 class Backend(Protocol):

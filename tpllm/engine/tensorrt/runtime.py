@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpllm.distributed import World
-from tpllm.engine.base import EngineConfig, StepInput, build_command
+from tpllm.engine.base import Engine, EngineConfig, StepInput, build_command
 from tpllm.engine.tensorrt.lowering import (
     LOGITS,
     POSITIONS,
@@ -107,7 +107,7 @@ class Lane:
         self._check(self._context.execute_async_v3(self._stream), "to run a step")
 
 
-class TensorrtEngine:
+class TensorrtEngine(Engine):
     """One rank's plan with its caches. A sequence owns a whole slot, so `capacity` is given out in `unit`s.
 
     `open` comes before the first step.
@@ -115,7 +115,7 @@ class TensorrtEngine:
 
     def __init__(self, config: EngineConfig, plan: bytes, gpu: Gpu, world: World) -> None:
         build, model = config.build, config.model
-        self.config, self.unit = config, build.max_seq_len
+        self.config, self.unit, self.ahead = config, build.max_seq_len, False
         self.capacity = build.max_batch_size * self.unit
         self._gpu, self._logger = gpu, Logger(world)
         self._recorder = ErrorRecorder(self._logger)

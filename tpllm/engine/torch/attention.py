@@ -18,8 +18,22 @@ library.define(
 )
 library.define(
     "rotate_and_attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache, int layer, "
-    "Tensor slots, Tensor query_start, Tensor start, Tensor length) -> Tensor"
+    "Tensor slots, Tensor query_start, Tensor start, Tensor length, Tensor flash_length) -> Tensor"
 )
+
+# One operator, or the compiler would make cosines and sines again in each layer.
+library.define("rotation(Tensor positions, Tensor frequencies) -> Tensor")
+
+
+@torch.library.impl(library, "rotation", "CUDA")
+def _rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    angles = positions[:, None].float() * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+@torch.library.register_fake("tpllm::rotation", lib=library)
+def _(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    return frequencies.new_empty((2, positions.shape[0], frequencies.shape[0]))
 
 
 @torch.library.impl(library, "attend", "CPU")
@@ -34,7 +48,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tens
 @torch.library.impl(library, "rotate_and_attend", "CUDA")
 def _rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                        cache: torch.Tensor, layer: int, slots: torch.Tensor, query_start: torch.Tensor,
-                       start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+                       start: torch.Tensor, length: torch.Tensor, flash_length: torch.Tensor) -> torch.Tensor:
     # Triton is there on machines with GPUs only.
     from tpllm.engine.torch.kernels.decode import decode_attention
     from tpllm.engine.torch.kernels.rotate import rotate_and_store
@@ -42,10 +56,13 @@ def _rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: t
     keys, values = cache[layer]
     if q.shape[0] == length.shape[0]:  # one new token each, whose number the host knows without asking
         return decode_attention(q, k, v, cos, sin, keys, values, start, length)
-    q = rotate_and_store(q, k, v, cos, sin, keys, values, slots)
-    if flash_takes(q):
-        return flash_attention(q, keys, values, query_start, start, length)
-    return _attend_each(q, keys, values, query_start, start, length)
+    rotated = rotate_and_store(q, k, v, cos, sin, keys, values, slots)
+    if not flash_takes(q):
+        return _attend_each(rotated, keys, values, query_start, start, length)
+    out = flash_attention(rotated, keys, values, query_start, start, flash_length)
+    if length.shape[0] > 1:  # some may have one token, for which flash attention is slow
+        decode_attention(q, k, v, cos, sin, keys, values, start, length, (query_start, out))
+    return out
 
 
 def _attend_each(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, query_start: torch.Tensor,
@@ -81,7 +98,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, la
 @torch.library.register_fake("tpllm::rotate_and_attend", lib=library)
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor,
       layer: int, slots: torch.Tensor, query_start: torch.Tensor, start: torch.Tensor,
-      length: torch.Tensor) -> torch.Tensor:
+      length: torch.Tensor, flash_length: torch.Tensor) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
@@ -99,11 +116,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tenso
 
 def rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                       cache: torch.Tensor, layer: int, slots: torch.Tensor, query_start: torch.Tensor,
-                      start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+                      start: torch.Tensor, length: torch.Tensor, flash_length: torch.Tensor) -> torch.Tensor:
     """`attend` on CUDA, of `q` and `k` that are still to be rotated by `cos`, `sin` `[T, head_size/2]`.
 
-    `start` has an entry more than there are sequences, of any value: flash attention wants the room.
+    `start` has an entry more than there are sequences, of any value: flash attention wants the room. `flash_length`
+    is `length`, 0 for sequences of one new token.
     """
     result: torch.Tensor = torch.ops.tpllm.rotate_and_attend(
-        q, k, v, cos, sin, cache, layer, slots, query_start, start, length)
+        q, k, v, cos, sin, cache, layer, slots, query_start, start, length, flash_length)
     return result
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `[T, head_size/2]` of `positions [T]` times `frequencies [head_size/2]`, on CUDA."""
+    cos, sin = torch.ops.tpllm.rotation(positions, frequencies).unbind(0)
+    return cos, sin

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,7 @@ from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.distributed import World
 from tpllm.engine.base import (
     RANDOM,
+    Engine,
     EngineConfig,
     RankEngine,
     StepInput,
@@ -25,9 +27,15 @@ from tpllm.engine.base import (
 from tpllm.engine.torch import collectives
 from tpllm.engine.torch.device import find_device
 from tpllm.engine.torch.fused import DecodeProgram
+from tpllm.engine.torch.memory import cache_rows
+from tpllm.engine.torch.private import drop_unused
 from tpllm.engine.torch.program import StepProgram
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
+from tpllm.models.base import Model
+
+if TYPE_CHECKING:
+    from tpllm.engine.torch.communicator import Communicator
 
 Step = Callable[..., torch.Tensor]
 MODEL_FILE = "model.py"  # in an engine file: the definition of a model from outside the package
@@ -39,10 +47,11 @@ def use_threads(world: World) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """One rank's program with its weights and cache arena; `program` takes `StepProgram.forward`'s arguments."""
 
     unit = 1
+    ahead = False
 
     def __init__(self, config: EngineConfig, program: Step, cache: torch.Tensor) -> None:
         self.config = config
@@ -58,11 +67,10 @@ class TorchEngine:
         return self._program(*(torch.from_numpy(a).to(self._cache.device) for a in arrays), self._cache)
 
 
-def make_cache(config: EngineConfig, device: torch.device, rows: int | None = None) -> torch.Tensor:
-    """The arena: room for `max_batch_size` sequences of full length, or as many rows as are given."""
-    model, build = config.model, config.build
-    return torch.empty(model.num_hidden_layers, 2, rows or build.max_batch_size * build.max_seq_len,
-                       model.local(config.tp_size).num_kv_heads, model.head_size,
+def make_cache(config: EngineConfig, device: torch.device, rows: int) -> torch.Tensor:
+    """The arena, of as many rows."""
+    model = config.model
+    return torch.empty(model.num_hidden_layers, 2, rows, model.local(config.tp_size).num_kv_heads, model.head_size,
                        dtype=getattr(torch, model.dtype), device=device)
 
 
@@ -92,32 +100,62 @@ def prepare_rank(config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | 
     return PreparedRank(StepProgram(model, mapping, find_device(config.build.device, world)), fingerprint, members)
 
 
+@dataclass(frozen=True)
+class LoadedRank:
+    """A rank's program with the weights its engine was built for, the engine's members, and rows for the cache."""
+
+    program: StepProgram
+    members: dict[str, bytes]
+    rows: int
+
+
 def load_rank(directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
-              world: World) -> tuple[StepProgram, dict[str, bytes]]:
-    """This rank's program with the weights that its engine was built for, and the engine file's members."""
+              world: World) -> LoadedRank:
+    """What every engine of PyTorch begins with; collective."""
     use_threads(world)
-    collectives.bind(world)
-    meta, members = read_engine(directory, config, mapping)
-    # The model's file is read from the engine, so it stays only as long as its class is being made.
-    with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch:
-        model_file = None
-        if MODEL_FILE in members:
-            model_file = Path(scratch, MODEL_FILE)
-            model_file.write_bytes(members[MODEL_FILE])
-        model = find_model(config.model.architecture, model_file)(config.model)
-    program = StepProgram(model, mapping, find_device(config.build.device, world))
-    if checkpoint_dir is None:
-        program.randomize()
-    else:
+
+    def open_engine() -> tuple[RankEngine, dict[str, bytes], Model, torch.device]:
+        meta, members = read_engine(directory, config, mapping)
+        # The model's file is read from the engine, so it stays only as long as its class is being made.
+        with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch:
+            model_file = None
+            if MODEL_FILE in members:
+                model_file = Path(scratch, MODEL_FILE)
+                model_file.write_bytes(members[MODEL_FILE])
+            model = find_model(config.model.architecture, model_file)(config.model)
+        return meta, members, model, find_device(config.build.device, world)
+
+    meta, members, model, device = world.together("load", open_engine)
+    rows = config.build.max_batch_size * config.build.max_seq_len
+    if device.type == "cuda":
+        rows = cache_rows(config, model, mapping, device, world)
+    collectives.bind(world, connect_gpus(config, device, world))
+
+    def fill() -> StepProgram:
+        program = StepProgram(model, mapping, device)
+        if checkpoint_dir is None:
+            program.randomize()
+            return program
         checkpoint = RankCheckpoint(checkpoint_dir, model, mapping)
         weights, fingerprint = checkpoint.load()
         check_shard(checkpoint.path, meta, fingerprint, config)
         program.load(weights)
-    return program, members
+        return program
+
+    return LoadedRank(world.together("load", fill), members, rows)
+
+
+def connect_gpus(config: EngineConfig, device: torch.device, world: World) -> Communicator | None:
+    """What the ranks' GPUs speak through, when there are several."""
+    if device.type == "cpu" or world.size == 1:
+        return None
+    from tpllm.engine.torch.communicator import Communicator  # which needs a PyTorch with NCCL
+
+    return Communicator(world, device, config.model.hidden_size, getattr(torch, config.model.dtype))
 
 
 def example_inputs(config: EngineConfig, device: torch.device, tokens: int, batch: int, rows: int,
-                   capacity: int | None = None) -> tuple[torch.Tensor, ...]:
+                   capacity: int) -> tuple[torch.Tensor, ...]:
     """Inputs of `StepProgram.forward` of the right shapes and dtypes, for export."""
     sizes = (tokens, batch + 1, batch, batch, rows)
     ints = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
@@ -127,7 +165,8 @@ def example_inputs(config: EngineConfig, device: torch.device, tokens: int, batc
 def export_step(program: StepProgram, config: EngineConfig, single: bool) -> torch.export.ExportedProgram:
     """The graph of a step: of exactly one token (`single`), or of any number of tokens and sequences."""
     if single:
-        shapes, inputs = None, example_inputs(config, program.device, 1, 1, 1)
+        shapes, inputs = None, example_inputs(
+            config, program.device, 1, 1, 1, config.build.max_batch_size * config.build.max_seq_len)
     else:
         dim = torch.export.Dim
         tokens, rows = dim("tokens", min=2), dim("rows", min=1)
@@ -135,22 +174,27 @@ def export_step(program: StepProgram, config: EngineConfig, single: bool) -> tor
         capacity = dim("capacity", min=2)
         shapes = ({0: tokens}, {0: batch + 1}, {0: batch}, {0: batch}, {0: rows}, {2: capacity})
         inputs = example_inputs(config, program.device, 7, 3, 5, capacity=32)
-    with torch.no_grad():
-        return torch.export.export(program, inputs, dynamic_shapes=shapes)
+    return export(program, inputs, shapes)
 
 
 def export_decode(program: StepProgram, config: EngineConfig) -> torch.export.ExportedProgram:
     """The graph of `DecodeProgram`."""
     tokens, _, start, length, _, cache = example_inputs(config, program.device, 1, 1, 1, capacity=32)
     shapes = (None, None, None, {2: torch.export.Dim("capacity", min=2)})
+    return export(DecodeProgram(program), (tokens, start, length, cache), shapes)
+
+
+def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(DecodeProgram(program), (tokens, start, length, cache), dynamic_shapes=shapes)
+        exported = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    drop_unused(exported)  # verbs that another one's kernel has answered as well
+    return exported
 
 
 def count_collectives(exported: torch.export.ExportedProgram) -> dict[str, int]:
     """How often each collective stands in a graph."""
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    return {op: sum(name.startswith(f"tpllm.{op}.") for name in names) for op in ("all_reduce", "all_gather")}
+    return {op: sum(name.startswith(f"tpllm.{op}") for name in names) for op in ("all_reduce", "all_gather")}
 
 
 def write_rank_engine(out: Path, config: EngineConfig, mapping: Mapping, fingerprint: str,

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from tpllm.distributed import World
 
+if TYPE_CHECKING:
+    from tpllm.engine.torch.communicator import Communicator
+
 library = torch.library.Library("tpllm", "DEF")
 library.define("all_reduce(Tensor x) -> Tensor")
 library.define("all_gather(Tensor x, int ranks) -> Tensor")
+# On GPUs what follows an all-reduce in a layer is done in the same kernel. One result, the sum and its norm stacked:
+# of chained operators with several, Inductor (torch 2.11) spells out all that led to them, which takes for ever.
+library.define("all_reduce_add_norm(Tensor x, Tensor residual, Tensor norm, float epsilon) -> Tensor")
 
 # A compiled graph calls its operators by name, so the ranks they speak to cannot be passed as an argument.
 _bound: list[World] = [World()]
+_gpus: list[Communicator] = []
 
 
-def bind(world: World) -> None:
-    """Let the operators speak to the ranks of `world`."""
+def bind(world: World, communicator: Communicator | None = None) -> None:
+    """Let the operators speak to the ranks of `world`, those on CUDA through their GPUs' communicator."""
     _bound[0] = world
+    if communicator:
+        _gpus[:] = [communicator]
+
+
+def communicator() -> Communicator | None:
+    """The one that is bound."""
+    return _gpus[0] if _gpus else None
 
 
 @torch.library.impl(library, "all_reduce", "CPU")
@@ -35,6 +51,22 @@ def _all_gather(x: torch.Tensor, ranks: int) -> torch.Tensor:
     return out.movedim(0, -2).reshape(*x.shape[:-1], -1)
 
 
+@torch.library.impl(library, "all_reduce", "CUDA")
+def _all_reduce_gpus(x: torch.Tensor) -> torch.Tensor:
+    return _gpus[0].all_reduce(x)
+
+
+@torch.library.impl(library, "all_gather", "CUDA")
+def _all_gather_gpus(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    return _gpus[0].all_gather(x).movedim(0, -2).reshape(*x.shape[:-1], -1)
+
+
+@torch.library.impl(library, "all_reduce_add_norm", "CUDA")
+def _all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                         epsilon: float) -> torch.Tensor:
+    return _gpus[0].all_reduce_add_norm(x, residual, norm, epsilon)
+
+
 @torch.library.register_fake("tpllm::all_reduce", lib=library)
 def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
@@ -43,6 +75,11 @@ def _(x: torch.Tensor) -> torch.Tensor:
 @torch.library.register_fake("tpllm::all_gather", lib=library)
 def _(x: torch.Tensor, ranks: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], ranks * x.shape[-1]))
+
+
+@torch.library.register_fake("tpllm::all_reduce_add_norm", lib=library)
+def _(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return x.new_empty((2, *x.shape))
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -55,3 +92,10 @@ def all_gather(x: torch.Tensor, ranks: int) -> torch.Tensor:
     """Every rank's `[..., n]` side by side along the last dimension: `[..., ranks * n]`."""
     result: torch.Tensor = torch.ops.tpllm.all_gather(x, ranks)
     return result
+
+
+def all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                        epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual` plus the sum of `x` over the ranks, and that sum's root-mean-square norm times `norm`."""
+    total, normed = torch.ops.tpllm.all_reduce_add_norm(x, residual, norm, epsilon).unbind(0)
+    return total, normed

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tpllm.engine.base import EngineConfig, StepInput
+from tpllm.engine.base import Engine, EngineConfig, StepInput
 from tpllm.engine.torch.base import Step, copy_rows, make_cache
+from tpllm.engine.torch.collectives import communicator
 
+Ints = NDArray[np.int32]
 ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
 
 
@@ -30,20 +34,23 @@ class Captured(NamedTuple):
     logits: torch.Tensor
 
 
-class CudaEngine:
+class CudaEngine(Engine):
     """`mixed` takes `StepProgram.forward`'s arguments, `one` those of `DecodeProgram.forward`."""
 
     unit = 1
+    ahead = True
 
-    def __init__(self, config: EngineConfig, mixed: Step, one: Step, device: torch.device) -> None:
+    def __init__(self, config: EngineConfig, mixed: Step, one: Step, device: torch.device, rows: int) -> None:
         self.config = config
         build = config.build
-        self.capacity = build.max_batch_size * build.max_seq_len
+        self.capacity = rows
         # The row behind the arena's last is where padding puts its keys and values.
         self._cache = make_cache(config, device, self.capacity + 1)
         self._mixed, self._one = mixed, one
         self._sizes = batch_sizes(build.max_batch_size)
-        self._inputs = torch.zeros((3, aligned(build.max_batch_size)), dtype=torch.int32, device=device)
+        # Tokens, their places in `_fed` or -1, first cache rows, lengths.
+        self._inputs = torch.zeros((4, aligned(build.max_batch_size)), dtype=torch.int32, device=device)
+        self._fed = torch.zeros(aligned(build.max_batch_size), dtype=torch.int32, device=device)
         self._each = torch.arange(build.max_batch_size + 1, dtype=torch.int32, device=device)
         self._pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode():
@@ -51,11 +58,13 @@ class CudaEngine:
             self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
 
     def _capture(self, size: int) -> Captured:
-        self._put([0] * size, [self.capacity] * size, [1] * size, size)
-        tokens, start, length = (line[:size] for line in self._inputs)
+        nothing = np.zeros(0, np.int32)
+        self._put(nothing, None, nothing, nothing, size)
+        given, fed, start, length = (line[:size] for line in self._inputs)
         each = self._each[:size + 1]  # query starts, and which rows are wanted
 
         def run() -> torch.Tensor:
+            tokens = self._known(given, fed)
             if size == 1:
                 return self._one(tokens, start, length, self._cache)
             return self._mixed(tokens, each, start, length, each[:size], self._cache)
@@ -67,12 +76,17 @@ class CudaEngine:
             logits = run()
         return Captured(graph, logits)
 
-    def _put(self, tokens: object, start: object, length: object, size: int) -> None:
+    def _known(self, tokens: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
+        """`tokens` with those in place that only the device knows."""
+        return torch.where(fed >= 0, self._fed[fed.clamp(min=0)], tokens)
+
+    def _put(self, tokens: Ints, fed: Ints | None, start: Ints, length: Ints, size: int) -> None:
         """The graph's inputs, padded to `size` sequences of one token in the spare row."""
         host = np.empty(tuple(self._inputs.shape), np.int32)
-        host[:, :size] = np.array([[0], [self.capacity], [1]], np.int32)
-        for line, values in zip(host, (tokens, start, length), strict=True):
-            line[:len(values)] = values  # type: ignore[arg-type,call-overload]
+        host[:, :size] = np.array([[0], [-1], [self.capacity], [1]], np.int32)
+        for line, values in zip(host, (tokens, fed, start, length), strict=True):
+            if values is not None:
+                line[:len(values)] = values
         # From pageable memory a copy returns when the data is taken over, so `host` may go.
         self._inputs.copy_(torch.from_numpy(host), non_blocking=True)
 
@@ -84,7 +98,7 @@ class CudaEngine:
         if len(step.tokens) != batch:
             return self._mixed_step(step)
         size = next(size for size in self._sizes if size >= batch)
-        self._put(step.tokens, step.start, step.length, size)
+        self._put(step.tokens, step.fed, step.start, step.length, size)
         captured = self._graphs[size]
         captured.graph.replay()
         if len(step.rows) == batch and (step.rows == np.arange(batch)).all():
@@ -94,7 +108,8 @@ class CudaEngine:
     def _mixed_step(self, step: StepInput) -> torch.Tensor:
         # Compiled code is not made for no rows at all.
         rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
-        arrays = (step.tokens, step.query_start, step.start, step.length, rows)
+        fed = step.fed if step.fed is not None else np.zeros(0, np.int32)
+        arrays = (step.tokens, step.query_start, step.start, step.length, rows, fed)
         ends = np.cumsum([aligned(len(a)) for a in arrays])
         host = np.empty(ends[-1], np.int32)
         for array, end in zip(arrays, ends, strict=True):
@@ -102,4 +117,25 @@ class CudaEngine:
             host[first:first + len(array)] = array
         packed = torch.from_numpy(host).to(self._cache.device, non_blocking=True)
         inputs = [packed[end - aligned(len(a)):][:len(a)] for a, end in zip(arrays, ends.tolist(), strict=True)]
+        *inputs, unknown = inputs
+        if len(fed):
+            inputs[0] = self._known(inputs[0], unknown)
         return self._mixed(*inputs, self._cache)[:len(step.rows)]
+
+    @torch.inference_mode()
+    def feed(self, count: int, tokens: torch.Tensor | None) -> Callable[[], list[int]]:
+        """Keep the tokens for the next step, on every rank those of rank 0."""
+        if tokens is not None:
+            self._fed[:count] = tokens
+        if (gpus := communicator()) is not None:
+            gpus.broadcast(self._fed[:count])
+        host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        host.copy_(self._fed[:count], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def known() -> list[int]:
+            done.synchronize()
+            return [int(token) for token in host.tolist()]
+
+        return known

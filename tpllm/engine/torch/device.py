@@ -12,9 +12,9 @@ from tpllm.errors import PreflightError
 def choose_device(name: str, world: World) -> str:
     """What `--device` means in this launch, `cuda` or `cpu`, the same on every rank; collective.
 
-    `auto` is `cuda` for one rank that has a GPU. Every rank is given its own then.
+    `auto` is `cuda` where every rank's host has one. Every rank is given its own then.
     """
-    if name == "cpu" or (name == "auto" and world.size > 1):
+    if name == "cpu":
         return "cpu"
     if not all(world.allgather(torch.cuda.is_available())):
         if name == "cuda":
@@ -22,9 +22,6 @@ def choose_device(name: str, world: World) -> str:
                                  "--device cpu, or install torch for CUDA on hosts with GPUs")
         return "cpu"
     world.note(assign(world))
-    if world.size > 1:
-        raise PreflightError("--device cuda: engines over several GPUs are not built by this version; use one rank, or "
-                             "--device cpu")
     return "cuda"
 
 

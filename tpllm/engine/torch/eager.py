@@ -35,5 +35,5 @@ class EagerBackend(Backend):
 
     def load(self, directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
              world: World) -> TorchEngine:
-        program, _ = load_rank(directory, config, mapping, checkpoint_dir, world)
-        return TorchEngine(config, program, make_cache(config, program.device))
+        rank = load_rank(directory, config, mapping, checkpoint_dir, world)
+        return TorchEngine(config, rank.program, make_cache(config, rank.program.device, rank.rows))

@@ -52,6 +52,8 @@ class FusedOps(TorchOps):
         self._origins: list[tuple[Tensor, Origin]] = []
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        if self._normed and x is self._normed[0]:
+            return self._normed[1]
         return self._remember(super().rms_norm(x, name), Origin("rms_norm", x, (name,)))
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -60,7 +62,7 @@ class FusedOps(TorchOps):
         return self._remember(self._product(x, name), Origin("linear", x, (name,)))
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
-        if names not in self.program.groups or self._find(merged_name(names) + ".bias") is not None:
+        if names not in self.program.survey.groups or self._find(merged_name(names) + ".bias") is not None:
             return super().linears(x, *names)
         parts = super().linears(x, *names)
         return tuple(self._remember(part, Origin("linears", x, names, i)) for i, part in enumerate(parts))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
+import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -14,6 +19,7 @@ from tpllm.distributed import World
 from tpllm.engine.base import Backend, Engine, EngineConfig, build_command, engine_file, read_engine
 from tpllm.engine.torch.base import (
     PreparedRank,
+    Step,
     TorchEngine,
     count_collectives,
     export_decode,
@@ -24,13 +30,16 @@ from tpllm.engine.torch.base import (
     write_rank_engine,
 )
 from tpllm.engine.torch.device import choose_device
-from tpllm.engine.torch.private import compile_package, drop_unused, load_package
+from tpllm.engine.torch.memory import SPARE
+from tpllm.engine.torch.private import compile_package, load_package
 from tpllm.engine.torch.program import StepProgram
 from tpllm.errors import MismatchError
 from tpllm.files import digest
 from tpllm.mapping import Mapping
+from tpllm.models import find_model
 
 ISA = "cpu-features"
+PR_SET_PDEATHSIG = 1
 Graph = torch.export.ExportedProgram
 
 
@@ -43,27 +52,32 @@ class InductorBackend(Backend):
               model_file: Path | None) -> None:
         started = time.perf_counter()
 
-        def export() -> tuple[PreparedRank, str, dict[str, Graph]]:
+        def prepare() -> tuple[PreparedRank, str, Graph]:
             compiler = find_compiler(world.say)
             rank = prepare_rank(config, mapping, checkpoint_dir, model_file, world)
-            return rank, compiler, export_graphs(rank.program, config)
+            return rank, compiler, GRAPHS["mixed"](rank.program, config)
 
-        rank, compiler, graphs = world.together("export", export)
-        found = count_collectives(graphs["mixed"])
-        world.say(f"build: exported {len(graphs)} graphs of {found['all_reduce']} all-reduces each, "
-                  f"{time.perf_counter() - started:.1f} s; compiling …")
+        rank, compiler, mixed = world.together("export", prepare)
+        found = count_collectives(mixed)
+        world.say(f"build: exported a graph of {found['all_reduce']} all-reduces, {time.perf_counter() - started:.1f} "
+                  "s; compiling …")
         constants = [buffer.tolist() for buffer in rank.program.buffers()]
-        key = digest("\n".join([*map(str, graphs.values()), str(constants)]).encode())
+        # Code is made for a kind of GPU; which one of a host's it runs on is said when it is loaded.
+        key = digest(re.sub(r"cuda:\d+", "cuda", f"{mixed}\n{constants}").encode())
         leader = world.allgather((world.host, key)).index((world.host, key))
 
         def compile_graphs() -> None:
             if leader == world.rank:
-                members = {}
-                for number, (name, graph) in enumerate(graphs.items(), 1):
-                    began = time.perf_counter()
-                    members[f"{name}.pt2"] = compile_package(graph, compiler)
-                    world.say(f"build: compiled {number} of {len(graphs)}, {name}, {time.perf_counter() - began:.1f} s")
-                members[ISA] = " ".join(sorted(features(rank.program.device))).encode()
+                device = rank.program.device
+                single = "decode" if device.type == "cpu" else "one"
+                work = (single, config, mapping, model_file, device, compiler)
+                if device.type == "cuda" and has_room_twice(rank.program):
+                    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as beside:
+                        other = beside.submit(make_package, *work)
+                        members = {"mixed.pt2": compile_package(mixed, compiler), f"{single}.pt2": other.result()}
+                else:
+                    members = {"mixed.pt2": compile_package(mixed, compiler), f"{single}.pt2": make_package(*work)}
+                members[ISA] = " ".join(sorted(features(device))).encode()
                 write_rank_engine(out, config, mapping, rank.fingerprint, found, members | rank.members)
 
         def copy_compiled() -> None:
@@ -79,35 +93,58 @@ class InductorBackend(Backend):
         if config.versions["torch"] != torch.__version__:
             raise MismatchError(f"{directory} was compiled with torch {config.versions['torch']}, this is "
                                 f"{torch.__version__}; build again: {build_command(config)}")
-        program, members = load_rank(directory, config, mapping, checkpoint_dir, world)
-        if lacking := set(members[ISA].decode().split()) - features(program.device):
-            raise MismatchError(f"{directory / engine_file(mapping.rank)} was compiled for a processor with "
-                                f"{', '.join(sorted(lacking))}, which {world.host} lacks; build it on this machine: "
-                                f"{build_command(config)}")
-        state = program.state_dict()
-        constants = state | {f"step.{name}": tensor for name, tensor in state.items()}
-        graphs = {name.removesuffix(".pt2"): load_package(package, constants, program.device)
-                  for name, package in members.items() if name.endswith(".pt2")}
+        rank = load_rank(directory, config, mapping, checkpoint_dir, world)
+        program = rank.program
+
+        def load_graphs() -> dict[str, Step]:
+            if lacking := set(rank.members[ISA].decode().split()) - features(program.device):
+                raise MismatchError(f"{directory / engine_file(mapping.rank)} was compiled for a processor with "
+                                    f"{', '.join(sorted(lacking))}, which {world.host} lacks; build it on this "
+                                    f"machine: {build_command(config)}")
+            state = program.state_dict()
+            constants = state | {f"step.{name}": tensor for name, tensor in state.items()}
+            return {name.removesuffix(".pt2"): load_package(package, constants, program.device)
+                    for name, package in rank.members.items() if name.endswith(".pt2")}
+
+        graphs = world.together("load", load_graphs)
         if program.device.type == "cuda":
             from tpllm.engine.torch.cuda import CudaEngine
 
-            return CudaEngine(config, graphs["mixed"], graphs["one"], program.device)
+            return CudaEngine(config, graphs["mixed"], graphs["one"], program.device, rank.rows)
         decode, mixed = graphs["decode"], graphs["mixed"]
 
         def run(tokens: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
             return (decode if tokens.shape[0] == 1 else mixed)(tokens, *rest)
 
-        return TorchEngine(config, run, make_cache(config, program.device))
+        return TorchEngine(config, run, make_cache(config, program.device, rank.rows))
 
 
-def export_graphs(program: StepProgram, config: EngineConfig) -> dict[str, Graph]:
-    """What is compiled. Steps of one sequence have a graph of their own: fixed shapes make faster products."""
-    if program.device.type == "cpu":
-        return {"decode": export_step(program, config, single=True), "mixed": export_step(program, config, False)}
-    graphs = {"one": export_decode(program, config), "mixed": export_step(program, config, False)}
-    for graph in graphs.values():
-        drop_unused(graph)  # verbs that a fused kernel has answered as well
-    return graphs
+# Steps of one sequence have a graph of their own: fixed shapes make faster products.
+GRAPHS: dict[str, Callable[[StepProgram, EngineConfig], Graph]] = {
+    "mixed": lambda program, config: export_step(program, config, single=False),
+    "decode": lambda program, config: export_step(program, config, single=True),
+    "one": export_decode,
+}
+
+
+def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: Path | None, device: torch.device,
+                 compiler: str) -> bytes:
+    """One of the graphs exported and compiled from scratch, as another process does it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = find_model(config.model.architecture, model_file)(config.model)
+    return compile_package(GRAPHS[name](StepProgram(model, mapping, device), config), compiler)
+
+
+def has_room_twice(program: StepProgram) -> bool:
+    """Whether the GPU has room for another process's weights too, which is enough of them for export."""
+    weights = sum(parameter.nbytes for parameter in program.parameters())
+    return bool(torch.cuda.mem_get_info(program.device)[0] > weights + SPARE)
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the rank that started it is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def features(device: torch.device) -> set[str]:

@@ -1,11 +1,20 @@
-"""Which weights are always multiplied with the same input, found by asking the model once."""
+"""What a model does with its weights, found by asking it once before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpllm.models.base import Model
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`groups`: the names given to each `linears`, in order. `norms`: what the sum of the n-th `add` is normed by."""
+
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    norms: dict[int, str] = field(default_factory=dict)
 
 
 def merged_name(names: tuple[str, ...]) -> str:
@@ -13,26 +22,36 @@ def merged_name(names: tuple[str, ...]) -> str:
     return "_and_".join(names)
 
 
-def shared_inputs(model: Model) -> list[tuple[str, ...]]:
-    """The names given to each `linears`, in order; a model may only use verbs on what verbs return."""
+def survey(model: Model) -> Survey:
+    """Ask a model; it may only use verbs on what verbs return."""
     listener: Any = Listener()
     model.forward(listener)
-    groups: list[tuple[str, ...]] = listener.groups
-    return groups
+    found: Survey = listener.found
+    return found
 
 
 class Listener:
-    """`Ops` that compute nothing."""
+    """`Ops` that compute nothing; each result is an object of its own."""
 
     def __init__(self) -> None:
-        self.groups: list[tuple[str, ...]] = []
+        self.found = Survey()
+        self._sums: list[object] = []
 
-    def linears(self, x: None, *names: str) -> tuple[None, ...]:
-        self.groups.append(names)
-        return (None,) * len(names)
+    def linears(self, x: object, *names: str) -> tuple[object, ...]:
+        self.found.groups.append(names)
+        return tuple(object() for _ in names)
 
-    def split_qkv(self, qkv: None) -> tuple[None, None, None]:
-        return None, None, None
+    def split_qkv(self, qkv: object) -> tuple[object, object, object]:
+        return object(), object(), object()
 
-    def __getattr__(self, verb: str) -> Callable[..., None]:
-        return lambda *arguments: None
+    def add(self, a: object, b: object) -> object:
+        self._sums.append(object())
+        return self._sums[-1]
+
+    def rms_norm(self, x: object, name: str) -> object:
+        if x in self._sums:
+            self.found.norms.setdefault(self._sums.index(x), name)
+        return object()
+
+    def __getattr__(self, verb: str) -> Callable[..., object]:
+        return lambda *arguments: object()

@@ -80,3 +80,26 @@ def flash_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, q
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
         q, keys, values, query_start, start, q.shape[0], keys.shape[0], 0.0, True, False, seqused_k=length)[0]
     return out
+
+
+def symmetric_memory(shape: tuple[int, ...], dtype: torch.dtype,
+                     device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """Memory that all ranks of the process group reach, and where each one's begins; collective."""
+    import torch.distributed._symmetric_memory
+
+    tensor = torch.distributed._symmetric_memory.empty(shape, dtype=dtype, device=device)
+    handle = torch.distributed._symmetric_memory.rendezvous(tensor, world_group())
+    return tensor, list(handle.buffer_ptrs)
+
+
+def two_shot_all_reduce(x: torch.Tensor) -> None:
+    """The sum over the ranks in place; `x` is the beginning of symmetric memory."""
+    torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", world_group().group_name)
+
+
+def world_group() -> torch.distributed.ProcessGroup:
+    """The process group of all ranks."""
+    import torch.distributed as dist
+
+    assert dist.group.WORLD is not None, "no process group yet"
+    return dist.group.WORLD

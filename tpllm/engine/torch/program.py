@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpllm.config import ModelConfig
-from tpllm.engine.torch.attention import attend, rotate_and_attend
-from tpllm.engine.torch.collectives import all_gather, all_reduce
-from tpllm.engine.torch.merge import merged_name, shared_inputs
+from tpllm.engine.torch.attention import attend, rotate_and_attend, rotation
+from tpllm.engine.torch.collectives import all_gather, all_reduce, all_reduce_add_norm
+from tpllm.engine.torch.merge import Survey, merged_name, survey
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.models.rope import inverse_frequencies
@@ -31,7 +31,7 @@ class StepProgram(nn.Module):
         super().__init__()
         self.model, self.mapping, self.device = model, mapping, device
         # One wide product reads weights faster than several narrow ones; on CPU weights stay as they are mapped.
-        self.groups = shared_inputs(model) if device.type == "cuda" else []
+        self.survey = survey(model) if device.type == "cuda" else Survey()
         self._places: dict[str, tuple[str, int]] = {}  # checkpoint name → parameter, its first row there
         shapes = {name: local_shape(weight, model.config, mapping) for name, weight, _ in model.rank_weights(mapping)}
         self._rows = {name: shape[0] for name, shape in shapes.items()}
@@ -48,16 +48,18 @@ class StepProgram(nn.Module):
     def _joined(self, names: list[str]) -> dict[str, list[str]]:
         """Parameters, and the checkpoint's tensors whose rows each one joins."""
         grouped = {f"{name}.{kind}": f"{merged_name(group)}.{kind}"
-                   for group in self.groups for name in group for kind in ("weight", "bias")}
+                   for group in self.survey.groups for name in group for kind in ("weight", "bias")}
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(parameter_name(grouped.get(name, name)), []).append(name)
         return found
 
     def _constants(self) -> dict[str, Tensor]:
-        start, _ = axis_slice(Axis.EMBEDDING_VOCAB, self.model.config, self.mapping)
-        return {INV_FREQ: torch.from_numpy(inverse_frequencies(self.model.config)),
-                VOCAB_START: torch.tensor([start])}
+        found = {INV_FREQ: torch.from_numpy(inverse_frequencies(self.model.config))}
+        if self.model.config.use_parallel_embedding:  # the only one that differs from rank to rank
+            start, _ = axis_slice(Axis.EMBEDDING_VOCAB, self.model.config, self.mapping)
+            found[VOCAB_START] = torch.tensor([start])
+        return found
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take a rank checkpoint's tensors (dotted names) in place of the uninitialized ones; on CPU without a copy."""
@@ -98,11 +100,19 @@ class TorchOps:
         self.tp_size = program.mapping.tp_size
         self.slots, self.runs = slots, runs
         self._rotations: list[tuple[Tensor, Tensor]] = []  # (rotated, what it was before)
+        self._adds = 0
+        self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
+        self._normed: tuple[Tensor, Tensor] | None = None  # the last sum that was normed in the same kernel, its norm
         if self._fused:
             query_start, start, length = runs
-            self.runs = (query_start, F.pad(start, (0, 1)) if rows is not None else start, length)
-        angles = positions[:, None].float() * self._get(INV_FREQ)
-        self.cos, self.sin = angles.cos(), angles.sin()  # [T, head_size/2]
+            self.flash_length = length  # of one sequence alone nobody asks for it
+            if rows is not None:
+                self.runs = (query_start, F.pad(start, (0, 1)), length)
+                self.flash_length = length.where(query_start.diff() > 1, 0)
+            self.cos, self.sin = rotation(positions, self._get(INV_FREQ))
+        else:
+            angles = positions[:, None].float() * self._get(INV_FREQ)
+            self.cos, self.sin = angles.cos(), angles.sin()  # [T, head_size/2]
 
     @property
     def _streams(self) -> bool:
@@ -132,6 +142,8 @@ class TorchOps:
         return self.all_reduce(F.embedding(local.clamp(0, table.shape[0] - 1), table) * mine[:, None])
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        if self._normed and x is self._normed[0]:
+            return self._normed[1]
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
         return x32.to(x.dtype) * self._get(name + ".weight")
@@ -145,7 +157,7 @@ class TorchOps:
         return (y if bias is None else y + bias).to(x.dtype)
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
-        if names not in self.program.groups:
+        if names not in self.program.survey.groups:
             return tuple(self.linear(x, name) for name in names)
         widths = [self.program.rows(name + ".weight") for name in names]
         parts: tuple[Tensor, ...] = self.linear(x, merged_name(names)).split(widths, dim=-1)
@@ -175,7 +187,8 @@ class TorchOps:
             q, k = before
         else:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        return rotate_and_attend(q, k, v, cos, sin, self.cache, layer, self.slots, *self.runs).flatten(1)
+        return rotate_and_attend(
+            q, k, v, cos, sin, self.cache, layer, self.slots, *self.runs, self.flash_length).flatten(1)
 
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -184,10 +197,19 @@ class TorchOps:
         return a * b
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
+        norm = self.program.survey.norms.get(self._adds)
+        self._adds += 1
+        if norm is None or self._reduced is None or b is not self._reduced[0]:
+            return a + b
+        # The all-reduce alone is then used by nobody and dropped by the compiler.
+        self._normed = all_reduce_add_norm(self._reduced[1], a, self._get(norm + ".weight"), self.config.norm_epsilon)
+        return self._normed[0]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return all_reduce(x) if self.tp_size > 1 else x
+        if self.tp_size == 1:
+            return x
+        self._reduced = (all_reduce(x), x)
+        return self._reduced[0]
 
     def select_rows(self, x: Tensor) -> Tensor:
         return x if self.rows is None else x[self.rows]

@@ -1,0 +1,179 @@
+"""Engines over several GPUs of one machine: logits, and the same answers whatever way their all-reduces take."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import makers
+import pytest
+import torch
+from conftest import mpirun_command, mpirun_environment, run_jobs
+from makers import LLAMA31_GQA, Shape, make_meta_dir
+from reference import Reference
+from test_gpu import GROUPS, HEAD64, HEAD128, TOLERANCE
+
+from tpllm.cli import main
+
+RANKS = [n for n in (2, 4) if n <= torch.cuda.device_count()]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RANKS, reason="fewer than two CUDA devices here")]
+
+ENGINES = [("eager", HEAD64, "float32"), ("eager", LLAMA31_GQA, "bfloat16"), ("inductor", HEAD64, "float32"),
+           ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16")]
+IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
+WAYS = {"auto": {}, "push": {}, "two-shot": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """Engines of all cases for a number of ranks."""
+
+    root: Path
+    ranks: int
+
+    def prompts(self, shape: Shape) -> list[list[int]]:
+        return makers.random_ids(shape.vocab_size, 3, 150, 17, 64, 1, seed=3)
+
+    def engine(self, case: int) -> Path:
+        return self.root / f"engine{case}"
+
+
+@cache
+def reference(made: Made, case: int) -> Reference:
+    return Reference(made.root / f"meta{case}")
+
+
+@cache
+def build(made: Made) -> None:
+    jobs: list[dict[str, Any]] = []
+    for i, (backend, shape, dtype) in enumerate(ENGINES):
+        make_meta_dir(made.root / f"meta{i}", shape, seed=5, dtype=getattr(torch, dtype))
+        assert main(["convert", "--meta-ckpt-dir", str(made.root / f"meta{i}"), "--tp-size", str(made.ranks),
+                     "--output-dir", str(made.root / f"checkpoint{i}")]) == 0  # fmt: skip
+        jobs.append({"tpllm": ["build", "--checkpoint-dir", str(made.root / f"checkpoint{i}"), "--output-dir",
+                               str(made.engine(i)), "--backend", backend, "--device", "cuda", "--max-batch-size",
+                               "6", "--max-seq-len", "300"]})
+    run_jobs(made.ranks, jobs, made.root, 500)
+
+
+@cache
+def ran(made: Made, way: str) -> Path:
+    """Logits and greedy answers of every case with all-reduces of one kind."""
+    build(made)
+    out = made.root / way.replace(" ", "-")
+    out.mkdir()
+    jobs: list[dict[str, Any]] = [{"hosts": 2}] if way == "two hosts" else []
+    for i, (_, shape, _) in enumerate(ENGINES):
+        ids = out / f"ids{i}.csv"
+        ids.write_text("".join(",".join(map(str, p)) + "\n" for p in made.prompts(shape)), encoding="utf-8")
+        run = ["run", "--engine-dir", str(made.engine(i)), "--input-file", str(ids), "--ignore-eos",
+               "--max-output-len", "20", "--output-json"]
+        jobs += [{"logits": str(made.engine(i)), "prompts": made.prompts(shape), "out": str(out / f"logits{i}.pt")},
+                 {"tpllm": [*run, str(out / f"first{i}.json")]}, {"tpllm": [*run, str(out / f"second{i}.json")]}]
+    old = {name: os.environ.get(name) for name in ("TPLLM_ALL_REDUCE", *NO_MULTICAST, *WAYS[way])}
+    os.environ.update(NO_MULTICAST | WAYS[way])
+    os.environ["TPLLM_ALL_REDUCE"] = "auto" if way == "two hosts" else way
+    try:
+        printed = run_jobs(made.ranks, jobs, out, 500)
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    (out / "printed").write_text(printed, encoding="utf-8")
+    return out
+
+
+def tokens(made: Made, way: str, case: int, run: str = "first") -> list[list[int]]:
+    answers = json.loads((ran(made, way) / f"{run}{case}.json").read_text(encoding="utf-8"))
+    return [answer["outputs"][0]["token_ids"] for answer in answers]
+
+
+@pytest.fixture(scope="module", params=RANKS or [2])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp(f"gpus{request.param}"), request.param)
+
+
+@pytest.mark.parametrize("case", range(len(ENGINES)), ids=IDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_logits(way: str, case: int, made: Made) -> None:
+    found = torch.load(ran(made, way) / f"logits{case}.pt", map_location="cpu")
+    for ids, logits in zip(made.prompts(ENGINES[case][1]), found, strict=True):
+        expected = reference(made, case).logits(ids)
+        assert ((logits - expected).norm() / expected.norm()).item() < TOLERANCE[ENGINES[case][2]]
+
+
+@pytest.mark.parametrize("case", range(len(ENGINES)), ids=IDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_answers(way: str, case: int, made: Made) -> None:
+    """In float32 those of the reference; in 16 bits the same twice, and but for near ties those of NCCL."""
+    found = tokens(made, way, case)
+    assert tokens(made, way, case, "second") == found
+    oracle, exact = reference(made, case), ENGINES[case][2] == "float32"
+    for ids, answer, of_nccl in zip(made.prompts(ENGINES[case][1]), found, tokens(made, "nccl", case), strict=True):
+        if exact:
+            assert answer == [token for token, _ in oracle.greedy_with_gaps(ids, 20)]
+        elif answer != of_nccl:
+            place = next(i for i, (a, b) in enumerate(zip(answer, of_nccl, strict=True)) if a != b)
+            best = oracle.logits(ids + answer[:place])[-1]
+            gap = (best[answer[place]] - best[of_nccl[place]]).abs() / best.norm()
+            assert gap < TOLERANCE[ENGINES[case][2]], (place, gap)
+
+
+def test_other_hosts_are_not_reached_through_memory(made: Made) -> None:
+    bench = ["bench", "--model", "tiny", "--device", "cuda", "--batch-sizes", "1", "--input-len", "8", "--output-len",
+             "8", "--repeats", "1", "--backend", "eager"]
+    build(made)
+    for jobs, expected in ([{"hosts": 2}], {"nccl"}), ([], {"push", "two-shot", "nccl"}):
+        out = made.root / f"bench{len(jobs)}"
+        out.mkdir()
+        records = out / "records.jsonl"
+        run_jobs(made.ranks, [*jobs, {"tpllm": [*bench, "--engine-dir", str(out / "engine"), "--output-file",
+                                                str(records)]}], out, 300)  # fmt: skip
+        decode = [r for r in map(json.loads, records.read_text().splitlines()) if r["kind"] == "decode"]
+        assert decode[0]["all_reduce"]["path"] in expected
+
+
+def test_a_killed_rank_ends_the_job_and_leaves_nothing_on_the_gpus(made: Made) -> None:
+    build(made)
+    ids = made.root / "long.csv"
+    ids.write_text("".join("1,2,3\n" for _ in range(20000)), encoding="utf-8")
+    program = ["-m", "tpllm", "run", "--engine-dir", str(made.engine(3)), "--input-file", str(ids), "--ignore-eos",
+               "--max-output-len", "200", "--log-dir", str(made.root / "logs")]
+    before = on_gpus()
+    job = subprocess.Popen(["timeout", "120", *mpirun_command(made.ranks, program)], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                           env=mpirun_environment(NO_MULTICAST))  # fmt: skip
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not generating(made.root / "logs"):
+        time.sleep(0.5)
+    time.sleep(1)
+    ranks = [int(p) for p in children(job.pid) if b"tpllm" in Path("/proc", p, "cmdline").read_bytes()
+             and sys.executable.encode() in Path("/proc", p, "cmdline").read_bytes().split(b"\0")[0]]
+    assert len(ranks) == made.ranks
+    os.kill(ranks[-1], signal.SIGKILL)
+    killed = time.monotonic()
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode != 0 and time.monotonic() - killed < 10, said
+    assert on_gpus() <= before
+
+
+def generating(logs: Path) -> bool:
+    return any("generate" in path.read_text(encoding="utf-8") for path in logs.rglob("rank-000.log"))
+
+
+def children(pid: int) -> list[str]:
+    """All processes below one."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return found + [below for child in found for below in children(int(child))]
+
+
+def on_gpus() -> set[str]:
+    shown = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True,
+                           text=True, check=True)
+    return set(shown.stdout.split())

@@ -1,0 +1,177 @@
+"""The ranks' GPUs among each other: NCCL everywhere, peer memory where all reach it, the faster one at each size."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from tpllm.distributed import World
+from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
+from tpllm.errors import PreflightError, RankError, UsageError
+from tpllm.heartbeat import own_addresses, reach
+from tpllm.settings import setting
+
+PUSH_BYTES = 4 << 20  # of one message through peer memory in one trip; above, every byte would cross too often
+ROW_COUNTS = (1, 8, 32, 128, 512, 2048)  # of the messages that are measured
+REPEATS, PER_GRAPH = 5, 8
+PATHS = ("push", "two-shot", "nccl")
+
+
+@dataclass(frozen=True)
+class Path:
+    """What answers messages of up to `rows` rows, and what one of that size took."""
+
+    rows: int
+    path: str
+    us: float
+
+
+class Communicator:
+    """Sums over the ranks of activations `[rows, width]`. All of them call the same methods in the same order."""
+
+    def __init__(self, world: World, device: torch.device, width: int, dtype: torch.dtype) -> None:
+        self.world, self.device, self.width, self.dtype = world, device, width, dtype
+        start_group(world, device)
+        self.direct = reaches_peers(world)
+        self._ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"nccl": self._nccl}
+        if self.direct:
+            self._make_direct()
+        self._paths = self._choose()
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks; on every rank the same bits."""
+        return self._ways[self._name(x)](x)
+
+    def all_reduce_add_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                            epsilon: float) -> torch.Tensor:
+        """`residual` plus the sum of `x`, and its root-mean-square norm times `norm`: `[2, rows, width]`."""
+        if self._name(x) == "push":
+            from tpllm.engine.torch.kernels.push import push_all_reduce_add_norm
+
+            return push_all_reduce_add_norm(x.contiguous(), residual, norm, epsilon, self._buffers)
+        from tpllm.engine.torch.kernels.norm import add_norm
+
+        return add_norm(self.all_reduce(x), residual, norm, epsilon)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's `x`: `[ranks, …]`."""
+        out = x.new_empty((self.world.size, *x.shape))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Rank 0's `x` on every rank, in place."""
+        dist.broadcast(x, 0)
+
+    def path(self, rows: int) -> Path:
+        """What answers messages of that many rows."""
+        return next((path for path in self._paths if rows <= path.rows), self._paths[-1])
+
+    def _name(self, x: torch.Tensor) -> str:
+        fits = x.dtype == self.dtype and x.shape[-1] == self.width and x.shape[0] <= ROW_COUNTS[-1]
+        return self.path(x.shape[0]).path if fits else "nccl"
+
+    def _nccl(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out)
+        return out
+
+    def _make_direct(self) -> None:
+        from tpllm.engine.torch.kernels.push import SETS, make_buffers, push_all_reduce
+
+        row = self.width * self.dtype.itemsize
+        rows = max(1, PUSH_BYTES // row)
+        places, addresses = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
+        self._buffers = make_buffers(places, addresses, self.world.rank)
+        self._large, _ = symmetric_memory((ROW_COUNTS[-1], self.width), self.dtype, self.device)
+        torch.cuda.synchronize(self.device)
+        self.world.barrier()
+        self._ways["push"] = lambda x: push_all_reduce(x.contiguous(), self._buffers)
+        self._ways["two-shot"] = self._two_shot
+
+    def _two_shot(self, x: torch.Tensor) -> torch.Tensor:
+        space = self._large[:x.shape[0]]
+        space.copy_(x)
+        two_shot_all_reduce(space)
+        return space.clone()
+
+    def _choose(self) -> list[Path]:
+        """Check each way's sums and take the fastest at each size; all ranks take the same."""
+        forced = setting("TPLLM_ALL_REDUCE")
+        if forced not in ("auto", *PATHS):
+            raise UsageError(f"TPLLM_ALL_REDUCE={forced!r} is none of auto, {', '.join(PATHS)}")
+        if forced != "auto" and forced not in self._ways:
+            raise PreflightError(f"TPLLM_ALL_REDUCE={forced}, but these ranks' GPUs do not reach each other's memory")
+        found = []
+        for rows in ROW_COUNTS:
+            names = [name for name in self._ways if forced in ("auto", name)
+                     and (name != "push" or rows <= self._buffers.rows)]
+            took = {name: max(self.world.allgather(self._measure(name, rows))) for name in names or ["nccl"]}
+            best = min(took, key=lambda name: took[name])
+            found.append(Path(rows, best, round(took[best] * 1e6, 1)))
+        return found
+
+    def _measure(self, name: str, rows: int) -> float:
+        """Median seconds of one sum of that many rows in a CUDA graph, its value checked."""
+        way = self._ways[name]
+        x = torch.full((rows, self.width), self.world.rank + 1.0, dtype=self.dtype, device=self.device)
+        if not bool((way(x) == sum(range(1, self.world.size + 1))).all()):
+            raise RankError(f"the GPUs' all-reduce through {name} gives wrong sums of {rows} rows; "
+                            "`tpllm doctor` looks further")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(PER_GRAPH):
+                way(x)
+        seconds = []
+        for _ in range(REPEATS):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            dist.barrier()
+            began.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            seconds.append(float(began.elapsed_time(ended)) / 1e3 / PER_GRAPH)
+        return statistics.median(seconds)
+
+
+def host_name(world: World) -> str:
+    """Of the machine, as NCCL knows it: ranks with another one are reached by the network only."""
+    return os.environ.get("NCCL_HOSTID") or world.host
+
+
+def reaches_peers(world: World) -> bool:
+    """Whether every rank's GPU reaches all others' memory; collective."""
+    hosts = world.allgather(host_name(world))
+    here, *_ = [place.gpu for place in world.places if place.rank == world.rank]
+    others = [place.gpu for place in world.places if place.rank != world.rank]
+    mine = len(set(hosts)) == 1 and all(
+        isinstance(gpu, int) and isinstance(here, int) and gpu != here
+        and torch.cuda.can_device_access_peer(here, gpu) for gpu in others)
+    return all(world.allgather(mine))
+
+
+def start_group(world: World, device: torch.device) -> None:
+    """PyTorch's process group of all ranks over NCCL; they find each other at an address of rank 0."""
+    if dist.is_initialized():
+        return
+    several = len({place.host for place in world.places}) > 1
+    server = socket.create_server(("" if several else "127.0.0.1", 0)) if world.is_first else None
+    meeting = (own_addresses() if several else ("127.0.0.1",), server.getsockname()[1]) if server else None
+    addresses, port = world.broadcast(meeting) or ((), 0)
+    found = addresses[0] if server else reach(addresses, port)
+    if missing := [rank for rank, address in enumerate(world.allgather(found)) if address is None]:
+        raise PreflightError(f"rank(s) {missing} cannot reach port {port} of {', '.join(addresses)}, over which NCCL "
+                             "begins; open it, or set NCCL_SOCKET_IFNAME's network up")
+    store = TCPStore(str(found), port, world.size, world.is_first, timedelta(seconds=60), wait_for_workers=False,
+                          master_listen_fd=server.detach() if server else None)
+    dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size, device_id=device)
+    atexit.register(dist.destroy_process_group)  # before MPI's own end: the last registered comes first

@@ -1,0 +1,30 @@
+"""Residual and root-mean-square norm of many rows in one kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_norm(x, residual, norm, total, normed, N, epsilon, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < N
+    at = row * N + columns
+    a, b = tl.load(x + at, mask=inside, other=0.0), tl.load(residual + at, mask=inside, other=0.0)
+    result = (a.to(tl.float32) + b.to(tl.float32)).to(x.dtype.element_ty)
+    h = result.to(tl.float32)
+    scaled = (h * tl.rsqrt(tl.sum(h * h, 0) / N + epsilon)).to(x.dtype.element_ty)
+    tl.store(normed + at, scaled * tl.load(norm + columns, mask=inside, other=0.0), mask=inside)
+    tl.store(total + at, result, mask=inside)
+
+
+def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`x + residual [rows, width]` and its norm times `norm [width]`, stacked."""
+    out = x.new_empty((2, *x.shape))
+    total, normed = out.unbind(0)
+    block = triton.next_power_of_2(x.shape[1])
+    _add_norm[(x.shape[0],)](x, residual, norm, total, normed, x.shape[1], epsilon, BLOCK=block,
+                             num_warps=max(4, min(16, block // 512)))
+    return out

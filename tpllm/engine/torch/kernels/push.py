@@ -1,0 +1,113 @@
+"""All-reduce of a few rows over peer memory, with the residual and the norm that follow it, in one kernel.
+
+Every rank writes its rows straight into each peer's buffer and waits until theirs have come into its own. An element
+says by itself that it has come: an empty place holds -0.0, which nobody sends. So one trip over the links is all.
+Three sets of places take turns. A rank that writes into one has seen its peer begin the round before, in which
+that peer has done with the set before that and empties it again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import launches_early
+
+SETS = 3
+
+
+class Buffers(NamedTuple):
+    """One rank's places `[SETS, ranks, rows, width]`, where all ranks' are, and how often each row was used."""
+
+    places: torch.Tensor  # keeps the memory alive
+    addresses: torch.Tensor  # int64 [ranks]
+    rounds: torch.Tensor  # int32 [rows]
+    rank: int
+
+    @property
+    def rows(self) -> int:
+        return self.places.shape[2]
+
+
+@triton.jit
+def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
+          ROWS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    dtype: tl.constexpr = x.dtype.element_ty
+    bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+    empty: tl.constexpr = -(1 << (dtype.primitive_bitwidth - 1))  # the sign alone
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = columns < N
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    round = tl.load(rounds + row)
+    now, before = round % 3, (round + 2) % 3
+    mine = tl.load(x + row.to(tl.int64) * N + columns, mask=inside, other=0.0)
+    sent = mine.to(bits, bitcast=True)
+    sent = tl.where(sent == empty, 0, sent)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            there = tl.load(addresses + peer).to(tl.pointer_type(bits))
+            tl.store(there + ((now * RANKS + RANK) * ROWS + row) * N + columns, sent, mask=inside,
+                     cache_modifier=".wt")
+    here = tl.load(addresses + RANK).to(tl.pointer_type(bits))
+    acc = tl.zeros([BLOCK], tl.float32)
+    for source in tl.static_range(RANKS):  # the same order on every rank, so the same bits
+        if source == RANK:
+            acc += mine.to(tl.float32)
+        else:
+            place = here + ((now * RANKS + source) * ROWS + row) * N + columns
+            got = tl.load(place, mask=inside, other=0, volatile=True)
+            while tl.max((got == empty).to(tl.int32), 0) > 0:
+                got = tl.load(place, mask=inside, other=0, volatile=True)
+            acc += got.to(dtype, bitcast=True).to(tl.float32)
+            tl.store(here + ((before * RANKS + source) * ROWS + row) * N + columns,
+                     tl.full([BLOCK], empty, bits), mask=inside)
+    tl.store(rounds + row, round + 1)
+    result = acc.to(dtype)
+    at = row.to(tl.int64) * N + columns
+    if ADD:
+        result = (result.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        h = result.to(tl.float32)
+        scaled = (h * tl.rsqrt(tl.sum(h * h, 0) / N + epsilon)).to(dtype)
+        weight = tl.load(norm + columns, mask=inside, other=0.0)
+        tl.store(normed + at, scaled * weight, mask=inside)
+    tl.store(total + at, result, mask=inside)
+
+
+def make_buffers(places: torch.Tensor, addresses: list[int], rank: int) -> Buffers:
+    """Of a rank's `places`, symmetric memory; the caller lets the ranks meet before the first use."""
+    places.fill_(-0.0)
+    device = places.device
+    return Buffers(places, torch.tensor(addresses, dtype=torch.int64, device=device),
+                   torch.zeros(places.shape[2], dtype=torch.int32, device=device), rank)
+
+
+def push_all_reduce(x: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """The sum over the ranks of `x [rows, width]`, for as many rows as the buffers have; collective."""
+    out = torch.empty_like(x)
+    _launch(x, buffers, x, x, out, out, 0.0, add=False)
+    return out
+
+
+def push_all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float,
+                             buffers: Buffers) -> torch.Tensor:
+    """`residual` plus the sum over the ranks of `x`, and its root-mean-square norm times `norm [width]`, stacked."""
+    out = x.new_empty((2, *x.shape))
+    _launch(x, buffers, residual, norm, out[0], out[1], epsilon, add=True)
+    return out
+
+
+def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: torch.Tensor, total: torch.Tensor,
+            normed: torch.Tensor, epsilon: float, add: bool) -> None:
+    rows, width = x.shape
+    early = launches_early(x.device)
+    block = triton.next_power_of_2(width)
+    _push[(rows,)](
+        x, residual, norm, total, normed, buffers.addresses, buffers.rounds, width, epsilon, RANK=buffers.rank,
+        RANKS=len(buffers.addresses), ROWS=buffers.rows, ADD=add, EARLY=early, BLOCK=block,
+        num_warps=max(4, min(32, block // 256)), launch_pdl=early)
