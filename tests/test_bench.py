@@ -115,7 +115,7 @@ class FakeNvml:
     """pynvml with two GPUs: handles are their numbers, energy grows by 300 and 500 mJ a question."""
 
     NVMLError = RuntimeError
-    NVML_CLOCK_SM, NVML_CLOCK_MEM = "sm", "memory"
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_NVLINK_MAX_LINKS = "sm", "memory", 18
 
     def __init__(self) -> None:
         self.asked = [0, 0]

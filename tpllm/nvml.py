@@ -8,8 +8,6 @@ from typing import Any
 from tpllm.devices import inventory
 from tpllm.distributed import World
 
-MAX_LINKS = 18  # NVLinks that a GPU of today can have
-
 
 def ask(world: World, question: Callable[[Any, Any], Any]) -> list[Any]:
     """Each rank's answer about its own GPU to `question(pynvml, handle)`, None where there is none. Collective."""
@@ -60,7 +58,7 @@ def topology(world: World) -> dict[str, Any] | None:
 def links(nvml: Any, gpu: Any) -> int:
     """NVLinks that are up; a GPU refuses to speak of one that it does not have."""
     up = 0
-    for link in range(MAX_LINKS):
+    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
         try:
             up += nvml.nvmlDeviceGetNvLinkState(gpu, link)
         except nvml.NVMLError:
