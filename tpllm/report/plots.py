@@ -192,22 +192,23 @@ def roofline(records: Sequence[Record], prefills: Sequence[Record]) -> Figure:
     figure, (axes,) = panels(1, 4.2)
     figure.set_size_inches(6.2, 4.2)
     sizes = sorted({record["tp_size"] for record in records})
+    unit, prefix = (1e12, "T") if max(record["peak_tflops"] for record in records) > 10 else (1e9, "G")
     points = []
     for number, tp in enumerate(sizes):
         look, mine = style(number), [record for record in records if record["tp_size"] == tp]
         done = [(work_of(r), r["ms_per_token"] / 1e3) for r in mine]
         done += [(work_of(r), r["seconds"]) for r in prefills if r["tp_size"] == tp]
-        found = sorted((work.flops / work.bytes, work.flops / seconds / 1e9) for work, seconds in done)
+        found = sorted((work.flops / work.bytes, work.flops / seconds / unit) for work, seconds in done)
         axes.plot(*zip(*found, strict=True), label=tp_label(tp), **look | {"linestyle": "none"})
         points += [(x, tp) for x, _ in found]
     low, high = min(points)[0] / 2, max(points)[0] * 2
     for number, tp in enumerate(sizes):
         roof = max((r for r in records if r["tp_size"] == tp), key=lambda r: float(r["bandwidth_gb_s"]))
-        bandwidth, peak = roof["bandwidth_gb_s"], roof["peak_tflops"] * 1e3
+        bandwidth, peak = roof["bandwidth_gb_s"] * 1e9 / unit, roof["peak_tflops"] * 1e12 / unit
         corners = sorted({low, min(max(peak / bandwidth, low), high), high})
         axes.plot(corners, [min(peak, bandwidth * x) for x in corners], label=f"roof of a rank at tp {tp}",
                   linewidth=1, **style(number) | {"marker": ""})
-    axes.set(xlabel="arithmetic intensity (FLOP/byte)", ylabel="GFLOP/s of a rank")
+    axes.set(xlabel="arithmetic intensity (FLOP/byte)", ylabel=f"{prefix}FLOP/s of a rank")
     decimals(axes, "x", "y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
