@@ -169,6 +169,13 @@ def test_points_whose_ranks_took_turns_are_left_out_of_predictions() -> None:
     assert p.model == pytest.approx((0.32 + 0.032 + 4 * 0.01) / 1e3) and p.record["tp_size"] == 2
 
 
+def test_a_report_says_where_other_work_disturbed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "have_matplotlib", lambda: False)
+    # Two ranks of one thread are a load of 2 themselves.
+    write_report(tmp_path, [decode(2, 1, 2.5, 10.0, load_average=2.9), decode(4, 1, 2.5, 10.0, load_average=5.1)])
+    assert "At tp 4 other work ran" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_agreement_tells_ties_from_errors() -> None:
     assert agreements([record for record in RECORDS if record["kind"] == "tokens"]) == {
         1: "baseline", 2: "same: 2 x 4 tokens",

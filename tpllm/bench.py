@@ -291,7 +291,8 @@ def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, An
             "sizes": {name: sizes[name] for name in SIZES if name in sizes},
             "peak_memory_bytes": max(world.allgather(peak)), "hosts": len(set(world.allgather(world.host))),
             "ranks_per_host": max(world.allgather(world.local_size)), "threads_per_rank": torch.get_num_threads(),
-            "cores_per_host": len(os.sched_getaffinity(0)), "clocks": clocks(world), "topology": topology(world),
+            "cores_per_host": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 2),
+            "clocks": clocks(world), "topology": topology(world),
             "versions": config.versions, "commit": commit(), "command": shlex.join(["tpllm", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 

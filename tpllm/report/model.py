@@ -99,6 +99,12 @@ def is_crowded(record: Record) -> bool:
         "cores_per_host"]
 
 
+def is_disturbed(record: Record) -> bool:
+    """Others were at work on the CPU's cores: the last minute's load was more than the ranks' threads."""
+    return record["topology"] is None and record.get("load_average", 0) > 1 + record["ranks_per_host"] * record[
+        "threads_per_rank"]
+
+
 def latency_by_ranks(points: Sequence[tuple[int, float]]) -> Callable[[float], float]:
     """Seconds of an all-reduce as a function of the ranks, from measured (ranks, seconds).
 

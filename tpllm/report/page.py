@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpllm.report.model import Record, is_crowded
+from tpllm.report.model import Record, is_crowded, is_disturbed
 from tpllm.report.tables import GROUP, TIE, Row, against, fits, groups, predicted_rows, rows_of, write_csv
 from tpllm.settings import setting
 
@@ -135,6 +135,9 @@ def section(group: Sequence[Record], rows: Sequence[Row], predicted: Sequence[Ro
         sm = (largest.get("clocks") or {}).get("sm_mhz") or ["not told"]
         lines += [f"At tp {largest['tp_size']} each GPU reached {min(links['peers'])} others' memory, with NVLinks: "
                   f"{links['nvlinks'][0] or 'not told'}; SM clocks in MHz: {', '.join(map(str, sm))}."]
+    if disturbed := sorted({r["tp_size"] for r in group if "cores_per_host" in r and is_disturbed(r)}):
+        lines += [f"**At tp {', '.join(map(str, disturbed))} other work ran on the same cores (by the load average): "
+                  "measure again on an idle machine.**"]
     lines += ["", *decode_tables(decode)]
     for name in drawn:
         lines += [f"![{name}]({prefix}{name}.png)", "", CAPTIONS[name].format(base=base), ""]
