@@ -196,14 +196,15 @@ def prediction_table(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     latency = setting("TPLLM_ALLREDUCE_US")
-    impossible = sorted({(row["tp_size"], row["note"]) for row in rows if row["note"]})
+    none = [f"- None for tp {tp}: {why}." for tp, why in sorted({(r["tp_size"], r["note"]) for r in rows if r["note"]})]
+    if all(row["note"] for row in rows):
+        return ["## Predictions", "", *none, ""]
     return ["## Predictions", "",
             "**Not measured.** Each rank has a device or core of its own, with the ceilings of the measured point with "
             "the most ranks that had theirs. All-reduces: a straight line over log2 of the ranks through the measured "
             f"ones, never below the longest; between hosts {latency} us more (TPLLM_ALLREDUCE_US, an assumption). The "
             "second time adds what that measured step took beyond the model.", "",
-            *(f"- None for tp {tp}: {note}." for tp, note in impossible),
-            "",
+            *none, "",
             *table(("tp", "hosts", "batch", "in / out", "model alone, ms/token", "with the rest, ms/token",
                     "tokens/s with the rest"),
                    [(r["tp_size"], r["hosts"], r["batch_size"], f"{r['input_len']} / {r['output_len']}",
