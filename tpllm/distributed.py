@@ -201,6 +201,8 @@ class World:
         name_failure(f"tpllm: rank {self.rank} of {self.size} on {self.host} failed in {stage}: {what}", code)
         if self._heartbeat:
             self._heartbeat.tell(failed=vars(Failure(self.rank, self.host, stage, what, code)))
+        sys.stderr.flush()
+        time.sleep(MESSAGE_SECONDS)  # as above
         self.abort(code)
 
 

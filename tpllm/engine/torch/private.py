@@ -25,6 +25,7 @@ def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> by
     import torch._inductor
     import torch._inductor.config
 
+    lower_operators(exported)
     with (tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings(),
           torch._inductor.config.patch({"aot_inductor.output_path": scratch})):
         warnings.simplefilter("ignore", FutureWarning)
@@ -32,6 +33,22 @@ def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> by
             exported, package_path=str(Path(scratch, "step.pt2")),
             inductor_configs=COMPILE_OPTIONS | {"cpp.cxx": (compiler,)})
         return Path(path).read_bytes()
+
+
+def lower_operators(exported: torch.export.ExportedProgram) -> None:
+    """Tell Inductor of our operators, as it does by itself where it first meets one.
+
+    But for its log it then (torch 2.11) writes out the operands with all that led to them: in a chain of layers whose
+    sums are used twice that never ends.
+    """
+    import torch._inductor.lowering as lowering
+    import torch._library.utils
+
+    for node in exported.graph.nodes:
+        operator = node.target
+        if str(operator).startswith("tpllm.") and operator not in lowering.lowerings:
+            tag = torch._library.utils.get_layout_constraint_tag(operator, with_default=True)
+            lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
 
 
 def drop_unused(exported: torch.export.ExportedProgram) -> None:
