@@ -22,7 +22,7 @@ from tpllm.records import append_record, read_records
 
 # Each field's types; design of the run records.
 FIELDS = {"kind": str, "model": str, "weights": str, "tp_size": int, "dtype": str, "backend": str, "device": str,
-          "peak_memory_bytes": int, "hosts": int, "versions": dict, "command": str, "date": str}
+          "peak_memory_bytes": int, "cores_per_host": int, "hosts": int, "versions": dict, "command": str, "date": str}
 
 
 class Runner:

@@ -171,9 +171,10 @@ def test_points_whose_ranks_took_turns_are_left_out_of_predictions() -> None:
 
 def test_a_report_says_where_other_work_disturbed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "have_matplotlib", lambda: False)
-    # Two ranks of one thread are a load of 2 themselves.
-    write_report(tmp_path, [decode(2, 1, 2.5, 10.0, load_average=2.9), decode(4, 1, 2.5, 10.0, load_average=5.1)])
-    assert "At tp 4 other work ran" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    write_report(tmp_path, [decode(1, 1, 2.5, cpu_pressure=5.0), decode(2, 1, 2.5, 10.0, cpu_pressure=40.0),
+                            decode(4, 1, 2.5, 10.0, cpu_pressure=90.0, cores_per_host=2)])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "At tp 2 processes waited" in text and "At tp 4 there were more threads" in text
 
 
 def test_agreement_tells_ties_from_errors() -> None:

@@ -291,7 +291,7 @@ def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, An
             "sizes": {name: sizes[name] for name in SIZES if name in sizes},
             "peak_memory_bytes": max(world.allgather(peak)), "hosts": len(set(world.allgather(world.host))),
             "ranks_per_host": max(world.allgather(world.local_size)), "threads_per_rank": torch.get_num_threads(),
-            "cores_per_host": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 2),
+            "cores_per_host": len(os.sched_getaffinity(0)), "cpu_pressure": cpu_pressure(),
             "clocks": clocks(world), "topology": topology(world),
             "versions": config.versions, "commit": commit(), "command": shlex.join(["tpllm", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -301,6 +301,15 @@ def processor_name() -> str:
     """Of the CPU, with the number of cores that this process may use."""
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return f"{found[1] if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def cpu_pressure() -> float | None:
+    """Percent of the last ten seconds in which a process of this host waited for a core; None if it is not told."""
+    try:
+        found = re.search(r"some avg10=([0-9.]+)", Path("/proc/pressure/cpu").read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return float(found[1]) if found else None
 
 
 def commit() -> str | None:

@@ -17,6 +17,7 @@ from tpllm.launch.estimate import BYTES, weight_bytes
 from tpllm.settings import seconds
 
 Record = dict[str, Any]
+WAITING = 10.0  # percent of the time; an idle host's own processes make less
 PREDICTED = ((8, 1), (16, 1), (8, 2), (16, 2))  # (tp size, hosts)
 
 
@@ -100,9 +101,8 @@ def is_crowded(record: Record) -> bool:
 
 
 def is_disturbed(record: Record) -> bool:
-    """Others were at work on the CPU's cores: the last minute's load was more than the ranks' threads."""
-    return record["topology"] is None and record.get("load_average", 0) > 1 + record["ranks_per_host"] * record[
-        "threads_per_rank"]
+    """Ranks on a CPU that each had a core waited for it all the same: others were at work."""
+    return record["topology"] is None and not is_crowded(record) and (record.get("cpu_pressure") or 0) > WAITING
 
 
 def latency_by_ranks(points: Sequence[tuple[int, float]]) -> Callable[[float], float]:

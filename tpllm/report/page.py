@@ -136,8 +136,8 @@ def section(group: Sequence[Record], rows: Sequence[Row], predicted: Sequence[Ro
         lines += [f"At tp {largest['tp_size']} each GPU reached {min(links['peers'])} others' memory, with NVLinks: "
                   f"{links['nvlinks'][0] or 'not told'}; SM clocks in MHz: {', '.join(map(str, sm))}."]
     if disturbed := sorted({r["tp_size"] for r in group if "cores_per_host" in r and is_disturbed(r)}):
-        lines += [f"**At tp {', '.join(map(str, disturbed))} other work ran on the same cores (by the load average): "
-                  "measure again on an idle machine.**"]
+        lines += [f"**At tp {', '.join(map(str, disturbed))} processes waited for cores that others used: measure "
+                  "again on an idle machine.**"]
     lines += ["", *decode_tables(decode)]
     for name in drawn:
         lines += [f"![{name}]({prefix}{name}.png)", "", CAPTIONS[name].format(base=base), ""]
