@@ -2,10 +2,13 @@
 
 import json
 import random
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from built import MAX_INPUT, MAX_SEQ, Build, Built, random_ids
@@ -16,7 +19,10 @@ from makers import LLAMA2_MHA, LLAMA31_GQA, NAMED_SHAPES, transformers_model
 from tpllm.answer import Completion, GenerationOutput, Job, TextStream
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
+from tpllm.distributed import World
+from tpllm.engine.base import Engine, StepInput
 from tpllm.errors import TpllmError
+from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
 from tpllm.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,6 +79,64 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(build: Build) -> None:
     shuffled = list(range(100))
     chance.shuffle(shuffled)
     assert answers(shuffled) == answers(list(range(100)))
+
+
+class Ahead(Engine):
+    """An engine as GPUs have it: the next step may begin before the host knows the last one's tokens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.config, self.capacity, self.unit, self.ahead = engine.config, engine.capacity, engine.unit, True
+        self._fed = np.zeros(0, np.int32)
+        self.told: list[bool] = []  # of each batch of tokens, whether the host has asked for it
+        self.early = 0  # steps begun with tokens that the host did not know
+
+    def step(self, step: StepInput) -> torch.Tensor:
+        tokens = step.tokens
+        if step.fed is not None:
+            assert ((step.fed >= 0) == (tokens < 0)).all()  # every token is known to one of the two
+            tokens = np.where(step.fed >= 0, self._fed[step.fed.clip(0)], tokens)
+            self.early += not self.told[-1]
+        assert (tokens >= 0).all()
+        return self._engine.step(replace(step, tokens=tokens.astype(np.int32)))
+
+    def feed(self, count: int, tokens: torch.Tensor | None) -> Callable[[], list[int]]:
+        assert tokens is not None and tokens.shape == (count,)
+        self._fed, number = tokens.numpy().astype(np.int32), len(self.told)
+        self.told.append(False)
+        found = self._fed.tolist()
+
+        def known() -> list[int]:
+            self.told[number] = True
+            return list(found)
+
+        return known
+
+
+def test_steps_begun_ahead_of_their_tokens_change_no_answer(build: Build) -> None:
+    built, chance = build(LLAMA31_GQA), random.Random(3)
+    prompts = random_ids(built, *(chance.randint(1, MAX_INPUT) for _ in range(80)), seed=3)
+    kinds: list[dict[str, Any]] = [
+        {}, {}, {"temperature": 0.9, "seed": 5}, {"num_return_sequences": 2, "temperature": 1.0}, {"logprobs": 2},
+        {"prompt_logprobs": 1}, {"num_beams": 2}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2}]  # fmt: skip
+    jobs = [SamplingParams(max_output_len=chance.randint(1, 8), **chance.choice(kinds)) for _ in prompts]
+    likely = Counter(t for o in built.runner.generate(prompts, jobs) for c in o.outputs for t in c.token_ids)
+    ends = [token for token, _ in likely.most_common(20)]  # so that many answers stop while their next step runs
+    jobs = [replace(job, end_id=chance.choice([None, *ends])) for job in jobs]
+    expected = built.runner.generate(prompts, jobs)
+    engine = Ahead(built.runner.engine)
+    found = ModelRunner(World(), engine, None).generate(prompts, jobs)
+    # Batches were others, so sums may be rounded otherwise.
+    for output, other in zip(found, expected, strict=True):
+        assert [(c.token_ids, c.finish_reason) for c in output.outputs] == [
+            (c.token_ids, c.finish_reason) for c in other.outputs]
+        for mine, theirs in zip([c.logprobs for c in output.outputs] + [output.prompt_logprobs],
+                                [c.logprobs for c in other.outputs] + [other.prompt_logprobs], strict=True):
+            assert (mine is None) == (theirs is None)
+            for a, b in zip(mine or [], theirs or [], strict=True):
+                assert (a or {}) == pytest.approx(b or {}, abs=1e-4)
+    assert {c.finish_reason for o in expected for c in o.outputs} == {"stop", "length"}
+    assert engine.early > 20 and all(engine.told)
 
 
 def test_end_id_stops_and_ignore_eos_does_not(build: Build) -> None:

@@ -66,14 +66,16 @@ def test_srun_with_pmix_after_convert_in_the_batch_script(slurm: Slurm, demo: De
 
 @pytest.mark.full
 def test_mpirun_inside_the_allocation(slurm: Slurm, demo: DemoEngine, tmp_path: Path) -> None:
-    """Convert, build and run in one batch script; mpirun takes the nodes from Slurm."""
+    """Convert, build and run in one batch script; mpirun takes the nodes from Slurm, and its ranks share converting."""
     output, checkpoint, engine = tmp_path / "answers.json", tmp_path / "checkpoint", tmp_path / "engine"
     finished(slurm.batch(script(
-        tpllm(*convert_argv(checkpoint)),
+        line(*MPIRUN, "-n", str(RANKS), *TPLLM, *convert_argv(checkpoint)),
         line(*MPIRUN, "-n", str(RANKS), *TPLLM, *build_argv(checkpoint, engine)),
         line(*MPIRUN, "-n", str(RANKS), *TPLLM, *demo.run_argv(output, engine)),
         options=TWO_BY_TWO), seconds=400))
     demo.check(output)
+    for path in demo.checkpoint.iterdir():
+        assert (checkpoint / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.full

@@ -50,8 +50,17 @@ def write_json(path: Path, data: Any) -> None:
     partial.replace(path)
 
 
+def source_key(source: Path, options: list[str]) -> str:
+    """Changes when the source's files or the options do; reads names, sizes and times, not contents."""
+    files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
+    stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return digest("\n".join([str(source.resolve()), *stats, *options]).encode())
+
+
 def require_space(directory: Path, needed: int) -> None:
-    """Refuse before anything is written when the file system cannot hold `needed` bytes."""
+    """Refuse before anything is written when the file system cannot hold `needed` bytes more than a killed writer's."""
+    partial = partial_path(Path(os.path.abspath(directory)))
+    needed -= sum(path.stat().st_blocks * 512 for path in partial.glob("*"))
     while not directory.exists():
         directory = directory.parent
     free = shutil.disk_usage(directory).free
@@ -60,35 +69,43 @@ def require_space(directory: Path, needed: int) -> None:
                              "free some space or give another --output-dir")
 
 
+def partial_path(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 @contextmanager
-def output_dir(path: Path) -> Iterator[Path]:
+def output_dir(path: Path, key: str = "") -> Iterator[Path]:
     """Yield `<path>.partial` to write into; it becomes `path` if the block ends well and vanishes if not.
 
     An existing empty directory is accepted, a full one refused. A lock in the partial directory keeps two
-    writers apart; what a killed one left behind is cleared.
+    writers apart. What a killed one left behind stays if it gave the same `key`, and is cleared otherwise.
     """
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists and is not empty; remove it or give another --output-dir")
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / ".lock", "a+", encoding="utf-8")
+        lock = open(partial / ".lock", "a+", encoding="utf-8", errors="replace")
     except OSError as e:
         raise UsageError(f"cannot write to {path}: {e.strerror}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            writer = None
         except OSError:
-            lock.seek(0)
-            raise UsageError(f"{path} is in use: {lock.read().strip() or 'another process'} is writing it; "
-                             "wait for it or give another --output-dir") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        for leftover in partial.iterdir():
+            writer = "another process"
+        lock.seek(0)
+        first, _, left = lock.read().partition("\n")
+        if writer:
+            raise UsageError(f"{path} is in use: {first or writer} is writing it; wait for it or give another "
+                             "--output-dir")
+        for leftover in partial.iterdir() if not key or left != key else ():
             if leftover.name != ".lock":
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{key}")
+        lock.flush()
         try:
             yield partial
             (partial / ".lock").unlink()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,16 +16,18 @@ import torch
 from tqdm import tqdm
 
 from tpllm import __version__
+from tpllm.checkpoint.journal import Journal
 from tpllm.checkpoint.rank import MANIFEST, CheckpointConfig, fingerprint, rank_file
 from tpllm.checkpoint.safetensors_file import SafetensorsFile
-from tpllm.checkpoint.source import SourceCheckpoint, source_weights
+from tpllm.checkpoint.source import SourceCheckpoint, cut, source_weights
 from tpllm.config import ModelConfig
+from tpllm.distributed import World
 from tpllm.errors import PreflightError, UsageError
-from tpllm.files import DIGEST, json_digest, output_dir, require_space, write_json
+from tpllm.files import DIGEST, json_digest, output_dir, require_space, source_key, write_json
 from tpllm.launched import memory_limit
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import Source, Weight, full_shape, local_shape, shard
+from tpllm.sharding import Weight, full_shape, local_shape
 from tpllm.tokenizer import end_ids
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -32,6 +37,7 @@ TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.jso
 
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
+Layered = tuple[Weight, int | None]  # a weight and its layer
 
 
 @dataclass(frozen=True)
@@ -46,40 +52,42 @@ class ConvertOptions:
     workers: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
 
 
-def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, say: Callable[[str], None],
-            ) -> CheckpointConfig:
-    """Write `source` as a checkpoint directory.
+def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, world: World) -> CheckpointConfig:
+    """Write `source` as a checkpoint directory; collective, the ranks share the weights.
 
-    Memory: for each worker a weight in full (for attention.qkv its three sources) and its slice for one rank.
-    The result does not depend on the number of workers.
+    Memory: for each worker of each rank a weight in full (for attention.qkv its three sources) and its slice for one
+    rank. The result is the same whatever the number of workers and ranks, and however often a killed conversion was
+    begun again.
     """
-    config = target_config(source.config, options)
+    def say(text: str) -> None:
+        world.say(f"convert: {text}")
+
+    config = world.together("convert", lambda: target_config(source.config, options))
     checkpoint = CheckpointConfig(config, options.tp_size, options.pp_size)
     model, mappings = source.model(config), Mapping.all_ranks(options.tp_size, options.pp_size)
-    dtype: torch.dtype = getattr(torch, config.dtype)
+    weights, dtype = source_weights(model), getattr(torch, config.dtype)
     shapes = [{name: (dtype, local_shape(weight, config, m)) for name, weight, _ in model.rank_weights(m)}
               for m in mappings]
-    total = sum(dtype.itemsize * torch.Size(shape).numel() for rank in shapes for _, shape in rank.values())
-    require_space(out, total)
-    require_memory(source, model, shapes, options.workers, total, say)
+    world.together("convert", lambda: require_room(source, weights, shapes, out, options.workers, world, say))
     for note in source.notes:
         say(note)
-    with output_dir(out) as partial:
-        files = [SafetensorsFile(partial / rank_file(m.rank), s) for m, s in zip(mappings, shapes, strict=True)]
-        with (tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar,
-              ThreadPoolExecutor(options.workers) as pool):
-            jobs = [pool.submit(write_weight, weight, layer, source, model, mappings, files)
-                    for weight, layer in source_weights(model)]
-            try:
-                for job in jobs:  # in order, so that of several errors the same one is reported every time
-                    bar.update(job.result())
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-        for file in files:
-            file.close()
-        copy_tokenizer(source.directory, partial, say)
-        write_json(partial / "config.json", checkpoint.to_json())
-        write_json(partial / MANIFEST, manifest(source, checkpoint, files))
+    key = source_key(source.directory, [__version__, source.kind, json.dumps(checkpoint.to_json()), repr(weights)])
+    with ExitStack() as stack:
+        # Rank 0 owns the directory: it makes the partial one, all write into it, and its rename is the end.
+        made = world.together("convert", lambda: stack.enter_context(output_dir(out, key)) if world.is_first else None)
+        partial = world.broadcast(made)
+        assert partial is not None
+        files = world.together("convert", lambda: open_files(stack, partial, mappings, shapes, world, say))
+        world.together("write", lambda: write_weights(share(weights, config, world), source, model, mappings, files,
+                                                      options.workers, world.is_first))
+        written = map(ChainMap, *world.allgather([file.digests for file in files]))  # of each file, by all ranks
+        digests = [{name: found[name] for name in shape} for shape, found in zip(shapes, written, strict=True)]
+        if world.is_first:
+            Journal.remove(partial)
+            copy_tokenizer(source.directory, partial, say)
+            write_json(partial / "config.json", checkpoint.to_json())
+            write_json(partial / MANIFEST, manifest(source, checkpoint, files, digests))
+    world.barrier()
     return checkpoint
 
 
@@ -98,22 +106,71 @@ def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     return config
 
 
-def require_memory(source: SourceCheckpoint, model: Model, shapes: list[dict[str, Shape]], workers: int, total: int,
-                   say: Callable[[str], None]) -> None:
-    """Say what converting takes, and refuse it where the host, its cgroup or Slurm gives less."""
+def require_room(source: SourceCheckpoint, weights: list[Layered], shapes: list[dict[str, Shape]], out: Path,
+                 workers: int, world: World, say: Callable[[str], None]) -> None:
+    """Say what converting takes, and refuse it where the disk, the host, its cgroup or Slurm gives less."""
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it starts at 1")
+    parts = [dtype.itemsize * torch.Size(shape).numel() for rank in shapes for dtype, shape in rank.values()]
+    if world.is_first:
+        require_space(out, sum(parts))
     held = getattr(torch, source.config.dtype).itemsize
-    full = max(sum(held * torch.Size(full_shape(part, source.config)).numel() for part in weight.sources)
-               for weight, _ in source_weights(model))
-    largest = full + max(dtype.itemsize * torch.Size(shape).numel()
-                         for rank in shapes for dtype, shape in rank.values())
+    largest = held * max(elements(weight, source.config) for weight, _ in weights) + max(parts)
+    on_host = workers * world.local_size
     available, why = memory_limit()
-    if workers * largest > available:
-        remedy = f"type --workers {available // largest}" if available >= largest else "use a host with more"
-        raise PreflightError(f"converting with {workers} worker(s) takes up to {size(workers * largest)} of memory, "
+    if on_host * largest > available:
+        fits = available // largest // world.local_size
+        remedy = f"type --workers {fits}" if fits else "use a host with more"
+        raise PreflightError(f"converting with {on_host} worker(s) takes up to {size(on_host * largest)} of memory, "
                              f"there is {size(available)} ({why}); {remedy}")
-    say(f"takes up to {size(workers * largest)} of memory for {workers} worker(s), and {size(total)} of disk")
+    say(f"takes up to {size(on_host * largest)} of memory for {on_host} worker(s), and {size(sum(parts))} of disk")
+
+
+def elements(weight: Weight, config: ModelConfig) -> int:
+    """Of all of a weight's sources in full."""
+    return sum(torch.Size(full_shape(part, config)).numel() for part in weight.sources)
+
+
+def share(weights: list[Layered], config: ModelConfig, world: World) -> list[Layered]:
+    """The weights that this rank writes, as many bytes on each rank as can be."""
+    by_size = sorted(range(len(weights)), key=lambda i: -elements(weights[i][0], config))
+    return [weights[i] for i in sorted(by_size[world.rank::world.size])]
+
+
+def open_files(stack: ExitStack, partial: Path, mappings: list[Mapping], shapes: list[dict[str, Shape]],
+               world: World, say: Callable[[str], None]) -> list[SafetensorsFile]:
+    """Every rank's file, of which this process writes some tensors; rank 0 allocates them, `stack` closes them."""
+    try:
+        journal = Journal(partial, world.rank)
+        files = [stack.enter_context(closing(SafetensorsFile(partial / rank_file(mapping.rank), tensors, journal)))
+                 for mapping, tensors in zip(mappings, shapes, strict=True)]
+    except OSError as e:
+        raise PreflightError(f"{e.filename} on {world.host}: {e.strerror}; the ranks need one directory that all of "
+                             "them can write to") from None
+    if journal.claims:
+        say(f"goes on in {partial}, where {len(journal.claims)} of {sum(map(len, shapes))} tensors are")
+    for file in files if world.is_first else ():
+        file.allocate()
+    return files
+
+
+def write_weights(weights: list[Layered], source: SourceCheckpoint, model: Model, mappings: list[Mapping],
+                  files: list[SafetensorsFile], workers: int, show: bool) -> None:
+    """Write these weights by so many threads, and have the files on the disk then."""
+    places = [[(mapping, file, name) for mapping, file in zip(mappings, files, strict=True)
+               if (name := rank_name(model, weight, layer, mapping)) is not None] for weight, layer in weights]
+    total = sum(file.nbytes(name) for each in places for _, file, name in each)
+    with (tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None if show else True) as bar,
+          ThreadPoolExecutor(workers) as pool):
+        jobs = [pool.submit(write_weight, weight, layer, source, model.config, each)
+                for (weight, layer), each in zip(weights, places, strict=True)]
+        try:
+            for job in jobs:  # in order, so that of several errors the same one is reported every time
+                bar.update(job.result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    for file in files:
+        file.sync()
 
 
 def size(count: int) -> str:
@@ -121,21 +178,16 @@ def size(count: int) -> str:
     return str(tqdm.format_sizeof(count, "B"))
 
 
-def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, model: Model,
-                 mappings: list[Mapping], files: list[SafetensorsFile]) -> int:
-    """Read one weight's sources in full and write every rank's part of it; returns the bytes written."""
-    config, written = model.config, 0
-    full = [source.tensor(part, layer) for part in weight.sources]
-    for mapping, file in zip(mappings, files, strict=True):
-        name = rank_name(model, weight, layer, mapping)
-        if name is None:
-            continue
+def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, config: ModelConfig,
+                 places: list[tuple[Mapping, SafetensorsFile, str]]) -> int:
+    """Write every rank's part that is not there yet, reading the weight's sources in full; returns the parts' bytes."""
+    missing = [place for place in places if not place[1].holds(place[2])]
+    full = [source.tensor(part, layer) for part in weight.sources] if missing else []
+    for mapping, file, name in missing:
         parts = [cut(tensor, part, source.kind, config, mapping)
                  for tensor, part in zip(full, weight.sources, strict=True)]
-        tensor = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype))
-        file.write(name, tensor)
-        written += tensor.nbytes
-    return written
+        file.write(name, (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype)))
+    return sum(file.nbytes(name) for _, file, name in places)
 
 
 def rank_name(model: Model, weight: Weight, layer: int | None, mapping: Mapping) -> str | None:
@@ -145,21 +197,6 @@ def rank_name(model: Model, weight: Weight, layer: int | None, mapping: Mapping)
         return weight.name if (first if weight in model.first_weights else last) else None
     layers = mapping.layers(model.config.num_hidden_layers)
     return model.layer_prefix(layer - layers.start) + weight.name if layer in layers else None
-
-
-def cut(tensor: torch.Tensor, part: Source, kind: str, config: ModelConfig, mapping: Mapping) -> torch.Tensor:
-    """A rank's slice of a source tensor, rotary rows in half-split order."""
-    piece = shard(tensor, part.axes, config, mapping)
-    return halves(piece, config.head_size) if part.rotary and kind == "meta" else piece
-
-
-def halves(rows: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Per head, rows of adjacent pairs (x0, x1), (x2, x3), … as all first members, then all second ones.
-
-    Meta rotates adjacent pairs, TensorRT-LLM and Hugging Face the pairs (i, i + head_size/2).
-    """
-    heads = rows.shape[0] // head_size
-    return rows.view(heads, head_size // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def copy_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> None:
@@ -177,11 +214,11 @@ def copy_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> No
 
 
 def manifest(source: SourceCheckpoint, checkpoint: CheckpointConfig, files: list[SafetensorsFile],
-             ) -> dict[str, object]:
+             digests: list[dict[str, str]]) -> dict[str, object]:
     """What was written, so that a changed or torn file is found when it is loaded."""
     return {
         "tpllm": __version__, "source": {"kind": source.kind, "directory": str(source.directory.resolve())},
         "digest": DIGEST, "config": json_digest(checkpoint.to_json()),
-        "ranks": {f.path.name: {"bytes": f.size, "fingerprint": fingerprint(f.digests), "tensors": f.digests}
-                  for f in files},
+        "ranks": {file.path.name: {"bytes": file.size, "fingerprint": fingerprint(found), "tensors": found}
+                  for file, found in zip(files, digests, strict=True)},
     }

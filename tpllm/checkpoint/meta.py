@@ -29,7 +29,7 @@ class MetaCheckpoint:
     kind = "meta"
 
     def __init__(self, directory: Path, model: type[Model], rope_scaling_factor: float | None = None,
-                 max_position_embeddings: int | None = None) -> None:
+                 max_position_embeddings: int | None = None, checklist: bool = True) -> None:
         if not directory.is_dir():
             raise UsageError(f"no such directory: {directory}")
         self.directory = directory
@@ -37,7 +37,8 @@ class MetaCheckpoint:
         self.model = model
         params = read_json(directory / "params.json", "a directory of Meta LLaMA weights")
         self.files = shard_files(directory)
-        verify_checklist(directory)
+        if checklist:
+            verify_checklist(directory)
         self._shards = [load_shard(path) for path in self.files]
         self.config = self._read_config(params, rope_scaling_factor, max_position_embeddings)
         self._check_names()

@@ -10,7 +10,7 @@ from tpllm.config import ModelConfig
 from tpllm.errors import DataError
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import Source, Weight
+from tpllm.sharding import Source, Weight, shard
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,21 @@ def source_weights(model: Model) -> list[tuple[Weight, int | None]]:
 def all_sources(model: Model) -> Iterator[tuple[Source, int | None]]:
     """Every tensor of a source checkpoint, with its layer number."""
     return ((part, layer) for weight, layer in source_weights(model) for part in weight.sources)
+
+
+def cut(tensor: torch.Tensor, part: Source, kind: str, config: ModelConfig, mapping: Mapping) -> torch.Tensor:
+    """A rank's slice of a source tensor, rotary rows in half-split order."""
+    piece = shard(tensor, part.axes, config, mapping)
+    return halves(piece, config.head_size) if part.rotary and kind == "meta" else piece
+
+
+def halves(rows: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Per head, rows of adjacent pairs (x0, x1), (x2, x3), … as all first members, then all second ones.
+
+    Meta rotates adjacent pairs, TensorRT-LLM and Hugging Face the pairs (i, i + head_size/2).
+    """
+    heads = rows.shape[0] // head_size
+    return rows.view(heads, head_size // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def check_names(where: Path, present: Iterable[str], expected: set[str], architecture: str) -> None:

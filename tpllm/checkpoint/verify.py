@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tpllm.checkpoint.convert import cut
 from tpllm.checkpoint.rank import CheckpointConfig, RankCheckpoint, rank_file, read_manifest
 from tpllm.checkpoint.safetensors_file import tensor_bytes
-from tpllm.checkpoint.source import SourceCheckpoint, all_sources
+from tpllm.checkpoint.source import SourceCheckpoint, all_sources, cut
 from tpllm.errors import DataError
 from tpllm.files import digest
 from tpllm.mapping import Mapping

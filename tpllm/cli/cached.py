@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tpllm import __version__
 from tpllm.cli import build, convert
-from tpllm.files import digest
+from tpllm.files import source_key
 from tpllm.settings import setting
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def cached_engine(args: argparse.Namespace, world: World) -> Path:
     """The engine for this source, this number of ranks and these options; made now if there is none yet."""
     options = [__version__, str(world.size), args.dtype, args.backend, str(args.model_file)]
     source: Path = args.meta_ckpt_dir or args.hf_model_dir or args.checkpoint_dir
-    key = world.broadcast(source_key(source, options))
+    key = world.broadcast(source_key(source, options)[:16])
     root = Path(setting("TPLLM_CACHE")).expanduser()
     checkpoint, engine = args.checkpoint_dir, root / f"{key}-engine"
     model = ["--model-file", str(args.model_file)] if args.model_file else []
@@ -27,12 +27,8 @@ def cached_engine(args: argparse.Namespace, world: World) -> Path:
         checkpoint = root / f"{key}-checkpoint"
         argv = ["--meta-ckpt-dir" if args.meta_ckpt_dir else "--hf-model-dir", str(source), "--output-dir",
                 str(checkpoint), "--tp-size", str(world.size), "--dtype", args.dtype, *model]
-
-        def make_checkpoint() -> None:
-            if world.is_first and not checkpoint.is_dir():
-                convert.work(parse(convert, argv))
-
-        world.together("convert", make_checkpoint)
+        if not world.broadcast(checkpoint.is_dir()):
+            convert.convert(parse(convert, argv), world)
     if not world.broadcast(engine.is_dir()):
         argv = ["--checkpoint-dir", str(checkpoint), "--output-dir", str(engine), "--backend", args.backend, *model]
         build.build(parse(build, argv), world)
@@ -44,10 +40,3 @@ def parse(verb: object, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     verb.add_arguments(parser)  # type: ignore[attr-defined]
     return parser.parse_args(argv)
-
-
-def source_key(source: Path, options: list[str]) -> str:
-    """Changes when the source's files or the options do; reads names, sizes and times, not contents."""
-    files = sorted(source.iterdir()) if source.is_dir() else []
-    stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return digest("\n".join([str(source.resolve()), *stats, *options]).encode())[:16]

@@ -1,14 +1,18 @@
-"""`tpllm convert`: weights → checkpoint directory. No ranks, no MPI."""
+"""`tpllm convert`: weights → checkpoint directory, by one process or, under mpirun, by its ranks together."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
+from tpllm.distributed import World
 from tpllm.errors import UsageError
+from tpllm.launched import launched_by
 
 if TYPE_CHECKING:
     from tpllm.checkpoint.source import SourceCheckpoint
@@ -38,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="a model of your own (see README)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads, each of which holds a weight in memory "
                         "(default: one a core, up to 4)")
+    add_rank_arguments(parser)
 
 
-def open_source(args: argparse.Namespace) -> SourceCheckpoint:
-    """The directory that one of the three options gives."""
+def open_source(args: argparse.Namespace, checklist: bool) -> SourceCheckpoint:
+    """The directory that one of the three options gives; with `checklist` Meta's files are compared with theirs."""
     from tpllm.checkpoint.hf import HfCheckpoint
     from tpllm.checkpoint.meta import MetaCheckpoint
     from tpllm.checkpoint.reshard import ShardedCheckpoint
@@ -49,7 +54,8 @@ def open_source(args: argparse.Namespace) -> SourceCheckpoint:
 
     if args.meta_ckpt_dir:
         model = load_model_file(args.model_file) if args.model_file else MODELS["LlamaForCausalLM"]
-        return MetaCheckpoint(args.meta_ckpt_dir, model, args.rope_scaling_factor, args.max_position_embeddings)
+        return MetaCheckpoint(args.meta_ckpt_dir, model, args.rope_scaling_factor, args.max_position_embeddings,
+                              checklist)
     if args.rope_scaling_factor is not None or args.max_position_embeddings is not None:
         raise UsageError("--rope-scaling-factor and --max-position-embeddings are for Meta's weights; this source's "
                          "config.json says both")
@@ -58,15 +64,25 @@ def open_source(args: argparse.Namespace) -> SourceCheckpoint:
 
 
 def work(args: argparse.Namespace) -> int:
-    from tpllm.checkpoint.convert import ConvertOptions, convert
+    launched = launched_by(os.environ)
+    if launched is None or launched.size == 1:  # a batch script is no launch: MPI stays out of it
+        return convert(args, World())
+    return with_world(args, lambda world: convert(args, world), checked=False)
+
+
+def convert(args: argparse.Namespace, world: World) -> int:
+    """The verb, on every rank."""
+    from tpllm.checkpoint.convert import ConvertOptions
+    from tpllm.checkpoint.convert import convert as write
 
     started = time.perf_counter()
-    source = open_source(args)
+    source = world.together("read", lambda: open_source(args, world.is_first))
     options = ConvertOptions(args.tp_size, args.pp_size, args.dtype, args.use_parallel_embedding,
                              args.embedding_sharding_dim, **({} if args.workers is None else {"workers": args.workers}))
-    checkpoint = convert(source, args.output_dir, options, lambda text: print(f"convert: {text}"))
+    checkpoint = write(source, args.output_dir, options, world)
     files = sorted(args.output_dir.glob("rank*.safetensors"))
     size = sum(path.stat().st_size for path in files)
-    print(f"convert: {len(source.files)} shard(s) of {checkpoint.model.architecture} -> {len(files)} rank file(s) in "
-          f"{args.output_dir}, {checkpoint.model.dtype}, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+    world.say(f"convert: {len(source.files)} shard(s) of {checkpoint.model.architecture} -> {len(files)} rank file(s) "
+              f"in {args.output_dir}, {checkpoint.model.dtype}, {size / 1e6:.1f} MB, "
+              f"{time.perf_counter() - started:.1f} s")
     return 0
