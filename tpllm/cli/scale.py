@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tpllm import __version__
-from tpllm.cli.cached import source_key
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.errors import RankError, UsageError
+from tpllm.files import source_key
 from tpllm.records import append_record, read_records
 from tpllm.report.tables import fits
 from tpllm.settings import setting
@@ -228,9 +228,9 @@ class Sweep:
         args, home = self.args, self.args.work_dir or Path(setting("TPLLM_CACHE")).expanduser() / "scale"
         options = [__version__, args.dtype, str(args.model_file), str(tp)]
         source = self.source[1] if self.source else Path(os.sep, self.model)
-        checkpoint = home / f"{source.name}-tp{tp}-{source_key(source, options)}"
+        checkpoint = home / f"{source.name}-tp{tp}-{source_key(source, options)[:16]}"
         options += [args.backend, args.device, json.dumps(self.limits)]
-        engine = home / f"{source.name}-tp{tp}-engine-{source_key(source, options)}"
+        engine = home / f"{source.name}-tp{tp}-engine-{source_key(source, options)[:16]}"
         home.mkdir(parents=True, exist_ok=True)
         if self.source is None or engine.is_dir():
             return engine
