@@ -31,6 +31,7 @@ def refusal(data: dict[str, Any]) -> str:
 @pytest.mark.parametrize("config", [
     CONFIG, PLAIN, replace(PLAIN, use_parallel_embedding=True, embedding_sharding_dim=1),
     replace(CONFIG, rotary_scaling=RopeScaling(32.0, 1.5, 3.0, 4096), head_size=64),
+    replace(CONFIG, quant_algo="W8A16"), replace(PLAIN, quant_algo="W4A16"),
 ])  # fmt: skip
 def test_json_round_trip(config: ModelConfig) -> None:
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
@@ -39,7 +40,8 @@ def test_json_round_trip(config: ModelConfig) -> None:
 def test_json_has_every_field_under_its_own_name_and_tensorrt_llm_constants() -> None:
     data = CONFIG.to_json()
     for name, value in asdict(PLAIN).items():
-        assert PLAIN.to_json()[name] == value
+        found = PLAIN.to_json()
+        assert (found["quantization"] if name == "quant_algo" else found)[name] == value
     assert data["rotary_scaling"] == {"type": "llama3", "rope_type": "llama3", **asdict(RopeScaling())}
     assert (data["hidden_act"], data["logits_dtype"]) == ("silu", "float32")
     assert (data["position_embedding_type"], data["rotary_embedding_dim"]) == ("rope_gpt_neox", CONFIG.head_size)

@@ -14,6 +14,7 @@ import pytest
 
 from tpllm.bench import random_engine
 from tpllm.cli import dashed, main, make_parser
+from tpllm.cli.options import quant_algo
 from tpllm.cli.scale import PASSED, RESULTS, Done, Sweep
 from tpllm.distributed import World
 from tpllm.engine.base import BuildConfig
@@ -50,7 +51,8 @@ class Machine:
         if args.verb in ("convert", "build"):
             args.output_dir.mkdir()
             return Done(0, "")
-        common = {"model": args.model, "tp_size": tp, "backend": args.backend, "dtype": "float32"}
+        common = {"model": args.model, "tp_size": tp, "backend": args.backend, "dtype": "float32",
+                  "quant_algo": quant_algo(args)}
         lengths = {"input_len": args.input_len, "output_len": args.output_len}
         append_record(self.results, common | {"kind": "load", "seconds": 1})
         cases: list[dict[str, Any]] = [{"kind": "tokens", "batch_size": args.check_tokens}] * bool(args.check_tokens)
@@ -96,6 +98,9 @@ def test_every_tp_size_is_measured_once(tmp_path: Path, machine: Machine) -> Non
     assert sweep(tmp_path, "--batch-sizes", "1,2,4") == 0  # a new point
     assert [bench.batch_sizes for bench in machine.benches()[2:]] == [[2], [2]]
     assert [bench.prefill_lens for bench in machine.benches()[2:]] == [[], []]
+    assert sweep(tmp_path, "--use-weight-only", "--tp-sizes", "1") == 0  # other weights: all is to be measured
+    assert machine.benches()[4].use_weight_only and machine.benches()[4].batch_sizes == [1, 4]
+    assert machine.benches()[4].engine_dir != one.engine_dir
     assert machine.benches()[2].num_requests == 0
 
 
@@ -201,7 +206,7 @@ def test_a_shape_that_cannot_be_split_is_refused_by_name() -> None:
     world = World()
     world.size = 3
     with pytest.raises(UsageError, match="4 attention heads are not divisible by 3; it can over 1, 2, 4"):
-        random_engine("tiny", "float32", BuildConfig(), world)
+        random_engine("tiny", "float32", None, BuildConfig(), world)
 
 
 def test_a_real_sweep_with_a_point_that_fails(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence as AnySequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ def named_config(name: str, dtype: str) -> ModelConfig:
                        int(hidden) // int(heads), int(inner), 1e-5, base, int(context))
 
 
-def random_engine(name: str, dtype: str, limits: BuildConfig, world: World) -> EngineConfig:
+def random_engine(name: str, dtype: str, quant_algo: str | None, limits: BuildConfig, world: World) -> EngineConfig:
     """What an engine of a published shape is built from."""
-    model = named_config(name, dtype)
+    model = replace(named_config(name, dtype), quant_algo=quant_algo)
     if problem := model.tp_problem(world.size):
         raise UsageError(f"{name} cannot be split over {world.size} ranks: {problem}; it can over "
                          f"{', '.join(map(str, model.valid_tp_sizes(16)))}")
@@ -286,7 +286,8 @@ def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, An
     cuda, sizes = config.build.device == "cuda", config.model.to_json()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"model": model, "weights": weights, "tp_size": config.tp_size, "dtype": config.model.dtype,
-            "quant_algo": None, "backend": config.build.backend, "max_batch_size": config.build.max_batch_size,
+            "quant_algo": config.model.quant_algo, "backend": config.build.backend,
+            "max_batch_size": config.build.max_batch_size,
             "device": torch.cuda.get_device_name() if cuda else processor_name(),
             "sizes": {name: sizes[name] for name in SIZES if name in sizes},
             "peak_memory_bytes": max(world.allgather(peak)), "hosts": len(set(world.allgather(world.host))),

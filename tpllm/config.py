@@ -7,8 +7,10 @@ from typing import Any
 
 from tpllm.errors import DataError
 from tpllm.mapping import padded
+from tpllm.quantization import ALGOS, GROUP
 
 DTYPES = ("float32", "float16", "bfloat16")
+LAYOUT = "plain"  # of quantized weights: not TensorRT-LLM's, whose files say nothing
 MAX_LAYERS = 10_000  # a torn number of layers must not become a table of billions
 
 
@@ -56,6 +58,7 @@ class ModelConfig:
     rotary_scaling: RopeScaling | None = None
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
+    quant_algo: str | None = None  # how layers' matrices are stored: see `tpllm/quantization.py`
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -96,6 +99,7 @@ class ModelConfig:
                 rotary_scaling=RopeScaling.from_json(data["rotary_scaling"]) if data.get("rotary_scaling") else None,
                 use_parallel_embedding=data.get("use_parallel_embedding", False),
                 embedding_sharding_dim=data.get("embedding_sharding_dim", 0),
+                quant_algo=(data.get("quantization") or {}).get("quant_algo") or None,
             )
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise DataError(f"the model's config.json is not valid: {type(e).__name__}: {e}") from None
@@ -108,7 +112,10 @@ class ModelConfig:
         """The model's part of `config.json`, with the constants that TensorRT-LLM expects beside it."""
         data = asdict(self)
         data["rotary_scaling"] = self.rotary_scaling.to_json() if self.rotary_scaling else None
+        algo = data.pop("quant_algo")
         return data | {
+            "quantization": {"quant_algo": algo, "kv_cache_quant_algo": None, "group_size": GROUP,
+                             **({"layout": LAYOUT} if algo else {})},
             "logits_dtype": "float32", "hidden_act": "silu", "position_embedding_type": "rope_gpt_neox",
             "rotary_embedding_dim": self.head_size, "mlp_bias": False, "attn_bias": False,
         }
@@ -163,8 +170,9 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
     quantization = data.get("quantization") or {}
     if not isinstance(quantization, dict):
         raise DataError(f"quantization is {quantization!r}; a JSON object is needed")
+    plain = (quantization.get("layout"), quantization.get("group_size")) == (LAYOUT, GROUP)
     for key in ("quant_algo", "quant_aglo", "kv_cache_quant_algo"):  # the second: quant_algo as some pages spell it
-        if algo := quantization.get(key):
+        if (algo := quantization.get(key)) and not (plain and key == "quant_algo" and algo in ALGOS.values()):
             name = key.replace("aglo", "algo")
             raise DataError(f"{name} {algo!r} is not supported: TensorRT-LLM lays such weights out for its own "
                             "kernels, so they cannot be cut or read elsewhere; convert the original weights")

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -22,12 +23,13 @@ from tpllm.checkpoint.safetensors_file import SafetensorsFile
 from tpllm.checkpoint.source import SourceCheckpoint, cut, source_weights
 from tpllm.config import ModelConfig
 from tpllm.distributed import World
-from tpllm.errors import PreflightError, UsageError
+from tpllm.errors import DataError, PreflightError, UsageError
 from tpllm.files import DIGEST, json_digest, output_dir, require_space, source_key, write_json
 from tpllm.launched import memory_limit
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import Weight, full_shape, local_shape
+from tpllm.quantization import Spec, quantized, working_bytes
+from tpllm.sharding import Weight, full_shape
 from tpllm.tokenizer import end_ids
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -40,6 +42,17 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 Layered = tuple[Weight, int | None]  # a weight and its layer
 
 
+class TensorFile(Protocol):
+    """What takes a rank's tensors: its file, or who compares them with one."""
+
+    def holds(self, name: str) -> bool: ...
+
+    def write(self, name: str, tensor: torch.Tensor) -> None: ...
+
+
+Place = tuple[Mapping, TensorFile, dict[str, Spec]]
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """How a checkpoint is split, by how many threads; `dtype` "auto" keeps the source's."""
@@ -49,6 +62,7 @@ class ConvertOptions:
     dtype: str = "auto"
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
+    quant_algo: str | None = None
     workers: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
 
 
@@ -65,10 +79,10 @@ def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, world:
     config = world.together("convert", lambda: target_config(source.config, options))
     checkpoint = CheckpointConfig(config, options.tp_size, options.pp_size)
     model, mappings = source.model(config), Mapping.all_ranks(options.tp_size, options.pp_size)
-    weights, dtype = source_weights(model), getattr(torch, config.dtype)
-    shapes = [{name: (dtype, local_shape(weight, config, m)) for name, weight, _ in model.rank_weights(m)}
+    weights = source_weights(model)
+    shapes = [{name: (getattr(torch, dtype), shape) for name, (dtype, shape) in model.rank_tensors(m).items()}
               for m in mappings]
-    world.together("convert", lambda: require_room(source, weights, shapes, out, options.workers, world, say))
+    world.together("convert", lambda: require_room(source, model, shapes, out, options.workers, world, say))
     for note in source.notes:
         say(note)
     key = source_key(source.directory, [__version__, source.kind, json.dumps(checkpoint.to_json()), repr(weights)])
@@ -93,9 +107,12 @@ def convert(source: SourceCheckpoint, out: Path, options: ConvertOptions, world:
 
 def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     """The source's configuration with the options applied; refused when the model cannot be split so."""
+    if config.quant_algo:
+        raise DataError(f"the source is quantized ({config.quant_algo}) for the ranks it was split over: its scales "
+                        "are theirs, so it cannot be converted again; convert the original weights")
     config = replace(config, dtype=config.dtype if options.dtype == "auto" else options.dtype,
                      use_parallel_embedding=options.use_parallel_embedding,
-                     embedding_sharding_dim=options.embedding_sharding_dim)
+                     embedding_sharding_dim=options.embedding_sharding_dim, quant_algo=options.quant_algo)
     if options.tp_size < 1 or options.pp_size < 1:
         raise UsageError("--tp-size and --pp-size start at 1")
     if problem := config.tp_problem(options.tp_size):
@@ -106,7 +123,7 @@ def target_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     return config
 
 
-def require_room(source: SourceCheckpoint, weights: list[Layered], shapes: list[dict[str, Shape]], out: Path,
+def require_room(source: SourceCheckpoint, model: Model, shapes: list[dict[str, Shape]], out: Path,
                  workers: int, world: World, say: Callable[[str], None]) -> None:
     """Say what converting takes, and refuse it where the disk, the host, its cgroup or Slurm gives less."""
     if workers < 1:
@@ -115,7 +132,9 @@ def require_room(source: SourceCheckpoint, weights: list[Layered], shapes: list[
     if world.is_first:
         require_space(out, sum(parts))
     held = getattr(torch, source.config.dtype).itemsize
-    largest = held * max(elements(weight, source.config) for weight, _ in weights) + max(parts)
+    item = getattr(torch, model.config.dtype).itemsize
+    largest = held * max(elements(weight, source.config) for weight, _ in source_weights(model)) + max(
+        working_bytes(*spec, item) for rank in shapes for spec in rank.values())
     on_host = workers * world.local_size
     available, why = memory_limit()
     if on_host * largest > available:
@@ -157,16 +176,17 @@ def open_files(stack: ExitStack, partial: Path, mappings: list[Mapping], shapes:
 def write_weights(weights: list[Layered], source: SourceCheckpoint, model: Model, mappings: list[Mapping],
                   files: list[SafetensorsFile], workers: int, show: bool) -> None:
     """Write these weights by so many threads, and have the files on the disk then."""
-    places = [[(mapping, file, name) for mapping, file in zip(mappings, files, strict=True)
-               if (name := rank_name(model, weight, layer, mapping)) is not None] for weight, layer in weights]
-    total = sum(file.nbytes(name) for each in places for _, file, name in each)
-    with (tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None if show else True) as bar,
+    places = [destinations(weight, layer, model, mappings, files) for weight, layer in weights]
+    by_rank = dict(zip(mappings, files, strict=True))
+    sizes = [sum(by_rank[mapping].nbytes(name) for mapping, _, specs in each for name in specs) for each in places]
+    with (tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="convert", disable=None if show else True) as bar,
           ThreadPoolExecutor(workers) as pool):
         jobs = [pool.submit(write_weight, weight, layer, source, model.config, each)
                 for (weight, layer), each in zip(weights, places, strict=True)]
         try:
-            for job in jobs:  # in order, so that of several errors the same one is reported every time
-                bar.update(job.result())
+            for job, count in zip(jobs, sizes, strict=True):  # in order, so that of several errors one is reported
+                job.result()
+                bar.update(count)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     for file in files:
@@ -178,16 +198,26 @@ def size(count: int) -> str:
     return str(tqdm.format_sizeof(count, "B"))
 
 
+def destinations(weight: Weight, layer: int | None, model: Model, mappings: list[Mapping],
+            files: Sequence[TensorFile]) -> list[Place]:
+    """Where a weight goes: the ranks that hold it, their files and what holds it there."""
+    return [(mapping, file, model.stored(name, weight, layer, mapping))
+            for mapping, file in zip(mappings, files, strict=True)
+            if (name := rank_name(model, weight, layer, mapping)) is not None]
+
+
 def write_weight(weight: Weight, layer: int | None, source: SourceCheckpoint, config: ModelConfig,
-                 places: list[tuple[Mapping, SafetensorsFile, str]]) -> int:
-    """Write every rank's part that is not there yet, reading the weight's sources in full; returns the parts' bytes."""
-    missing = [place for place in places if not place[1].holds(place[2])]
+                 places: list[Place]) -> None:
+    """Write every rank's part that is not there yet, reading the weight's sources in full."""
+    # Each must be asked: what a file holds counts as written from then on.
+    missing = [place for place in places if not all([place[1].holds(name) for name in place[2]])]
     full = [source.tensor(part, layer) for part in weight.sources] if missing else []
-    for mapping, file, name in missing:
+    for mapping, file, specs in missing:
         parts = [cut(tensor, part, source.kind, config, mapping)
                  for tensor, part in zip(full, weight.sources, strict=True)]
-        file.write(name, (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype)))
-    return sum(file.nbytes(name) for _, file, name in places)
+        tensor = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(getattr(torch, config.dtype))
+        for name, value in quantized(tensor, specs).items():
+            file.write(name, value)
 
 
 def rank_name(model: Model, weight: Weight, layer: int | None, mapping: Mapping) -> str | None:

@@ -16,13 +16,13 @@ from tpllm.errors import DataError, UsageError
 from tpllm.files import DIGEST, digest, json_digest, read_json
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import local_shape
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' own
+STORED_NAMES = DTYPE_NAMES | {"int8": "I8", "int32": "I32"}
 
 
 def rank_file(rank: int) -> str:
@@ -40,8 +40,7 @@ class CheckpointConfig:
     def to_json(self) -> dict[str, Any]:
         mapping = {"world_size": self.tp_size * self.pp_size, "tp_size": self.tp_size, "pp_size": self.pp_size,
                    "cp_size": 1, "gpus_per_node": 8}
-        return self.model.to_json() | {"mapping": mapping, "quantization": {
-            "quant_algo": None, "kv_cache_quant_algo": None, "group_size": 128}}
+        return self.model.to_json() | {"mapping": mapping}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CheckpointConfig:
@@ -111,9 +110,8 @@ class RankCheckpoint:
     def __init__(self, directory: Path, model: Model, mapping: Mapping) -> None:
         self.path = directory / rank_file(mapping.rank)
         self._file = open_weights(self.path)
-        self.shapes = {name: local_shape(weight, model.config, mapping)
-                       for name, weight, _ in model.rank_weights(mapping)}
-        self._check_header(DTYPE_NAMES[model.config.dtype])
+        self.tensors = model.rank_tensors(mapping)
+        self._check_header()
         self._manifest = manifest_entry(directory, mapping)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -122,7 +120,7 @@ class RankCheckpoint:
 
     def load(self) -> tuple[dict[str, torch.Tensor], str]:
         """All weights, and the fingerprint of what was really read."""
-        found = {name: self._read(name) for name in sorted(self.shapes)}
+        found = {name: self._read(name) for name in sorted(self.tensors)}
         return ({name: tensor for name, (tensor, _) in found.items()},
                 fingerprint({name: read for name, (_, read) in found.items()}))
 
@@ -140,16 +138,16 @@ class RankCheckpoint:
                             "copy or convert the checkpoint again")
         return tensor, read
 
-    def _check_header(self, dtype: str) -> None:
+    def _check_header(self) -> None:
         header = read_header(self._file)
-        for names, verb in ((self.shapes.keys() - header.keys(), "lacks"),
-                            (header.keys() - self.shapes.keys(), "has unknown")):
+        for names, verb in ((self.tensors.keys() - header.keys(), "lacks"),
+                            (header.keys() - self.tensors.keys(), "has unknown")):
             if names:
                 raise DataError(f"{self.path} {verb} tensor(s): {', '.join(sorted(names)[:5])}")
-        for name, shape in self.shapes.items():
-            if header[name] != (dtype, shape):
+        for name, (dtype, shape) in self.tensors.items():
+            if header[name] != (STORED_NAMES[dtype], shape):
                 raise DataError(f"{self.path}: {name} is {header[name][0]} {list(header[name][1])}, config.json says "
-                                f"{dtype} {list(shape)}")
+                                f"{STORED_NAMES[dtype]} {list(shape)}")
 
 
 def fingerprint(digests: dict[str, str]) -> str:

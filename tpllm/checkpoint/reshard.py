@@ -26,24 +26,24 @@ class ShardedCheckpoint:
         self.notes: list[str] = []
         self.model = find_model(self.config.architecture, model_file)
         model = self.model(self.config)
-        self._ranks = {m: RankCheckpoint(directory, model, m)
+        self.ranks = {m: RankCheckpoint(directory, model, m)
                        for m in Mapping.all_ranks(checkpoint.tp_size, checkpoint.pp_size)}
-        self.files = [rank.path for rank in self._ranks.values()]
+        self.files = [rank.path for rank in self.ranks.values()]
         # Where each source lies: the name of its weight and the sources before it in there.
         self._places = {(part, layer): (mapping, name, weight.sources[:i])
-                        for mapping in self._ranks for name, weight, layer in model.rank_weights(mapping)
+                        for mapping in self.ranks for name, weight, layer in model.rank_weights(mapping)
                         for i, part in enumerate(weight.sources) if mapping.tp_rank == 0}
 
     def tensor(self, source: Source, layer: int | None) -> torch.Tensor:
         """The whole tensor `[full_shape]` of a source; a view of the first rank's file if all ranks hold it all."""
         first, name, before = self._places[source, layer]
-        mappings = [m for m in self._ranks if m.pp_rank == first.pp_rank]
+        mappings = [m for m in self.ranks if m.pp_rank == first.pp_rank]
 
         def rows(part: Source, mapping: Mapping) -> int:
             start, stop = axis_slice(part.axes[0], self.config, mapping)
             return stop - start
 
-        parts = [self._ranks[m].tensor(name).narrow(0, sum(rows(part, m) for part in before), rows(source, m))
+        parts = [self.ranks[m].tensor(name).narrow(0, sum(rows(part, m) for part in before), rows(source, m))
                  for m in mappings]
         full = unshard(parts, source.axes, self.config)
         for mapping, part in zip(mappings, parts, strict=True):

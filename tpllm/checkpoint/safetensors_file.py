@@ -19,7 +19,7 @@ from tpllm.files import digest
 
 ALIGNMENT = 64  # of the data's start, so that mapped weights suit vector loads
 PIECE = 1 << 20  # bytes a write: of more, ext4 makes large folios, and the kernel may take ten times as long
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32"}
 
 
 class SafetensorsFile:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpllm.cli.options import add_quantization_arguments, quant_algo
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=tuple(BACKENDS), default="inductor", help="of an engine that is built")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="likewise")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="likewise")
+    add_quantization_arguments(parser)
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="likewise (default: what is measured)")
     parser.add_argument("--max-input-len", type=int, metavar="N", help="likewise")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="likewise")
@@ -69,7 +71,8 @@ def bench(args: argparse.Namespace, world: World) -> int:
     built, model = None, args.model or "llama-2-7b"
     if not world.broadcast(args.engine_dir.is_dir()):
         started = time.perf_counter()
-        config = world.together("build", lambda: bench.random_engine(model, args.dtype, limits(args), world))
+        config = world.together("build", lambda: bench.random_engine(model, args.dtype, quant_algo(args), limits(args),
+                                                                     world))
         build_engines(config, args.engine_dir, None, world)
         built = time.perf_counter() - started
     runner, weights, seconds = bench.load(args.engine_dir, world)
@@ -101,6 +104,7 @@ def bench(args: argparse.Namespace, world: World) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured."""
+    quant_algo(args)
     lengths = [args.repeats, args.input_len, args.concurrency or 1, *args.batch_sizes, *args.prefill_lens]
     if min(lengths) < 1 or args.output_len < 2:
         raise UsageError("--batch-sizes, --prefill-lens, --repeats, --input-len and --concurrency start at 1, "

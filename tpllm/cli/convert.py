@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpllm.cli.options import add_quantization_arguments, quant_algo
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.config import DTYPES
 from tpllm.distributed import World
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp-size", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline-parallel stages")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the source's")
+    add_quantization_arguments(parser)
     parser.add_argument("--use-parallel-embedding", action="store_true", help="split the embedding table too")
     parser.add_argument("--embedding-sharding-dim", type=int, choices=(0, 1), default=0,
                         help="along 0, the vocabulary, or 1, the hidden dimension")
@@ -76,9 +78,11 @@ def convert(args: argparse.Namespace, world: World) -> int:
     from tpllm.checkpoint.convert import convert as write
 
     started = time.perf_counter()
+    algo = world.together("read", lambda: quant_algo(args))
     source = world.together("read", lambda: open_source(args, world.is_first))
     options = ConvertOptions(args.tp_size, args.pp_size, args.dtype, args.use_parallel_embedding,
-                             args.embedding_sharding_dim, **({} if args.workers is None else {"workers": args.workers}))
+                             args.embedding_sharding_dim, algo,
+                             **({} if args.workers is None else {"workers": args.workers}))
     checkpoint = write(source, args.output_dir, options, world)
     files = sorted(args.output_dir.glob("rank*.safetensors"))
     size = sum(path.stat().st_size for path in files)

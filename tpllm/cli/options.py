@@ -6,6 +6,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from tpllm.errors import UsageError
+from tpllm.quantization import ALGOS
 from tpllm.sampling import SamplingParams
 
 
@@ -13,6 +15,20 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-dir", type=Path, required=True, metavar="DIR", help="made by tpllm build")
     parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="the engine's weights, if they were moved")
     parser.add_argument("--tokenizer-dir", type=Path, metavar="DIR", help="default: the checkpoint's own")
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--use-weight-only", action="store_true",
+                        help="quantize the layers' matrices; TensorRT-LLM itself cannot read the result")
+    parser.add_argument("--weight-only-precision", choices=tuple(ALGOS),
+                        help="int8: a scale a row; int4: a scale for each 128 columns of it (default: int8)")
+
+
+def quant_algo(args: argparse.Namespace) -> str | None:
+    """What the two options ask for."""
+    if args.weight_only_precision and not args.use_weight_only:
+        raise UsageError(f"--weight-only-precision {args.weight_only_precision} needs --use-weight-only beside it")
+    return ALGOS[args.weight_only_precision or "int8"] if args.use_weight_only else None
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm import __version__
+from tpllm.cli.options import add_quantization_arguments, quant_algo
 from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.errors import RankError, UsageError
@@ -30,7 +31,7 @@ SOURCES = ("meta_ckpt_dir", "hf_model_dir", "checkpoint_dir")
 # What a task of an array job is told again.
 PASSED = ("model", *SOURCES, "model_file", "tp_sizes", "batch_sizes", "prefill_lens", "input_len", "output_len",
           "num_requests", "concurrency", "request_rate", "mixed", "repeats", "check_tokens", "dtype", "backend",
-          "device", "output_dir", "work_dir", "launch")
+          "device", "use_weight_only", "weight_only_precision", "output_dir", "work_dir", "launch")
 
 
 class Numbers(argparse.Action):
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check-tokens", type=int, default=4, metavar="N",
         help="compare the greedy answers to N prompts across tp sizes; 0: don't")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the weights', bfloat16 of a named shape")
+    add_quantization_arguments(parser)
     add("--backend", choices=tuple(BACKENDS), default="inductor", help="of the engines")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where engines run")
     add("--work-dir", type=Path, metavar="DIR", help="where checkpoints and engines are made and kept, seen by all "
@@ -124,6 +126,7 @@ def check(args: argparse.Namespace) -> None:
 
         args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
         named_config(args.model, args.dtype)
+    quant_algo(args)
     if args.prefill_lens is None:
         args.prefill_lens = [args.input_len]
     if min(args.repeats, args.input_len, args.concurrency or 1) < 1 or args.output_len < 2:
@@ -190,6 +193,7 @@ class Sweep:
         args = self.args
         common = {"model": self.model, "tp_size": tp, "backend": args.backend}
         common |= {} if args.dtype == "auto" else {"dtype": args.dtype}
+        common |= {"quant_algo": quant_algo(args)} if args.use_weight_only or not self.source else {}
         lengths = {"input_len": args.input_len, "output_len": args.output_len}
         cases: list[Case] = []
         if args.check_tokens:
@@ -226,7 +230,7 @@ class Sweep:
     def engine(self, tp: int) -> Path | None:
         """The engine's directory; of real weights converted and built now if it is not there, None if that fails."""
         args, home = self.args, self.args.work_dir or Path(setting("TPLLM_CACHE")).expanduser() / "scale"
-        options = [__version__, args.dtype, str(args.model_file), str(tp)]
+        options = [__version__, args.dtype, str(quant_algo(args)), str(args.model_file), str(tp)]
         source = self.source[1] if self.source else Path(os.sep, self.model)
         checkpoint = home / f"{source.name}-tp{tp}-{source_key(source, options)[:16]}"
         options += [args.backend, args.device, json.dumps(self.limits)]
@@ -236,7 +240,7 @@ class Sweep:
             return engine
         model_file = ["--model-file", str(args.model_file)] if args.model_file else []
         convert = ["convert", self.source[0], str(source), "--output-dir", str(checkpoint), "--tp-size", str(tp),
-                   "--dtype", args.dtype, *model_file]
+                   "--dtype", args.dtype, *self.quantize_words(), *model_file]
         build = ["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(engine), "--backend", args.backend,
                  "--device", args.device, *self.limit_words(), *model_file]
         for kind, made, command in (("convert", checkpoint, convert), ("build", engine, self.launch(tp, *build))):
@@ -258,11 +262,16 @@ class Sweep:
     def limit_words(self) -> list[str]:
         return [word for name, value in self.limits.items() for word in (f"--{name}", str(value))]
 
+    def quantize_words(self) -> list[str]:
+        precision = self.args.weight_only_precision
+        return ["--use-weight-only"] * self.args.use_weight_only + (
+            ["--weight-only-precision", precision] if precision else [])
+
     def bench_words(self, cases: Sequence[Case]) -> list[str]:
         """Bench's options for these cases."""
         args, kinds = self.args, {case["kind"] for case in cases}
         words = ["--model", self.model, "--backend", args.backend, "--device", args.device, *self.limit_words()]
-        words += [] if self.source else ["--dtype", args.dtype]
+        words += [] if self.source else ["--dtype", args.dtype, *self.quantize_words()]
         words += ["--input-len", str(args.input_len), "--output-len", str(args.output_len),
                   "--repeats", str(args.repeats), "--check-tokens", str(args.check_tokens * ("tokens" in kinds))]
         for kind, option, name in (("decode", "--batch-sizes", "batch_size"), ("prefill", "--prefill-lens",

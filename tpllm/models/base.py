@@ -9,7 +9,8 @@ from typing import ClassVar, TypeVar
 from tpllm.config import ModelConfig
 from tpllm.mapping import Mapping
 from tpllm.models.ops import Ops
-from tpllm.sharding import Weight
+from tpllm.quantization import Spec, stored
+from tpllm.sharding import Weight, local_shape
 
 T = TypeVar("T")
 
@@ -46,3 +47,16 @@ class Model(ABC):
             yield from ((self.layer_prefix(local) + w.name, w, layer) for w in self.layer_weights)
         if mapping.pp_rank == mapping.pp_size - 1:
             yield from ((w.name, w, None) for w in self.last_weights)
+
+    def stored(self, name: str, weight: Weight, layer: int | None, mapping: Mapping) -> dict[str, Spec]:
+        """Dtype and shape of what holds one of these weights in the rank's file: of layers, they may be quantized."""
+        config = self.config
+        return stored(name, local_shape(weight, config, mapping), config.dtype,
+                      None if layer is None else config.quant_algo)
+
+    def rank_tensors(self, mapping: Mapping) -> dict[str, Spec]:
+        """Everything in one rank's file."""
+        specs: dict[str, Spec] = {}
+        for name, weight, layer in self.rank_weights(mapping):
+            specs |= self.stored(name, weight, layer, mapping)
+        return specs

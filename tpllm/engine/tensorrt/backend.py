@@ -84,6 +84,9 @@ class TensorrtBackend(Backend):
         return "cuda"
 
     def settle(self, config: EngineConfig, world: World) -> EngineConfig:
+        if config.model.quant_algo:
+            raise UsageError(f"backend tensorrt does not take weights that are quantized ({config.model.quant_algo}); "
+                             "type --backend inductor, or convert without --use-weight-only")
         config = super().settle(config, world)
         found = world.together("build", lambda: found_here(world))
         return replace(config, versions=config.versions | world.broadcast(found), weights_in_engine=True)

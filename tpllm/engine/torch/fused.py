@@ -87,8 +87,10 @@ class FusedOps(TorchOps):
         norm = None
         if origin := self._origin(x, "rms_norm"):
             x, norm = origin.source, self._get(origin.names[0] + ".weight")
-        result: Tensor = torch.ops.tpllm.gemv(
-            x, self._get(name + ".weight"), norm, self.config.norm_epsilon, residual, swiglu)
+        weight, scale, rest = self._get(name + ".weight"), self._scale(name), (norm, self.config.norm_epsilon, residual,
+                                                                               swiglu)
+        result: Tensor = (torch.ops.tpllm.gemv(x, weight, *rest) if scale is None
+                          else torch.ops.tpllm.gemv_quantized(x, weight, scale, *rest))
         return result
 
     def _remember(self, made: Tensor, origin: Origin) -> Tensor:

@@ -12,7 +12,6 @@ from tpllm.engine.base import MAX_STEP_TOKENS, EngineConfig
 from tpllm.errors import OutOfMemory
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
-from tpllm.sharding import local_shape
 
 SPARE = 2 << 30  # bytes for CUDA graphs, the libraries' own buffers and the gaps between allocations
 
@@ -46,8 +45,8 @@ def plan_memory(config: EngineConfig, model: Model, mapping: Mapping) -> Plan:
     """What one rank of an engine takes."""
     shape = config.model
     local, size = shape.local(config.tp_size), getattr(torch, shape.dtype).itemsize
-    weights = sum(size * math.prod(local_shape(weight, shape, mapping))
-                  for _, weight, _ in model.rank_weights(mapping))
+    weights = sum(getattr(torch, dtype).itemsize * math.prod(dims)
+                  for dtype, dims in model.rank_tensors(mapping).values())
     inner = shape.intermediate_size // config.tp_size
     heads = (local.num_heads + 2 * local.num_kv_heads) * shape.head_size
     # The widest moment of a full step, and logits in float32 before and after they are gathered.

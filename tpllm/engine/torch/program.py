@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpllm.config import ModelConfig
+from tpllm.engine.torch import quantized
 from tpllm.engine.torch.attention import attend, rotate_and_attend, rotation
 from tpllm.engine.torch.collectives import all_gather, all_reduce, all_reduce_add_norm
 from tpllm.engine.torch.merge import Survey, merged_name, survey
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.models.rope import inverse_frequencies
-from tpllm.sharding import Axis, axis_slice, local_shape
+from tpllm.quantization import SCALES, scale_name
+from tpllm.sharding import Axis, axis_slice
 
 # Values that are no weights; a compiler may write small ones into its code, so they count as part of the graph.
 INV_FREQ, VOCAB_START = "rope_inverse_frequencies", "first_vocabulary_row"
@@ -33,14 +35,15 @@ class StepProgram(nn.Module):
         # One wide product reads weights faster than several narrow ones; on CPU weights stay as they are mapped.
         self.survey = survey(model) if device.type == "cuda" else Survey()
         self._places: dict[str, tuple[str, int]] = {}  # checkpoint name → parameter, its first row there
-        shapes = {name: local_shape(weight, model.config, mapping) for name, weight, _ in model.rank_weights(mapping)}
-        self._rows = {name: shape[0] for name, shape in shapes.items()}
-        for parameter, names in self._joined(list(shapes)).items():
+        tensors = model.rank_tensors(mapping)
+        self._rows = {name: shape[0] for name, (_, shape) in tensors.items()}
+        for parameter, names in self._joined(list(tensors)).items():
             rows = 0
             for name in names:
                 self._places[name] = (parameter, rows)
-                rows += shapes[name][0]
-            empty = torch.empty((rows, *shapes[names[0]][1:]), dtype=getattr(torch, model.config.dtype), device=device)
+                rows += self._rows[name]
+            dtype, shape = tensors[names[0]]
+            empty = torch.empty((rows, *shape[1:]), dtype=getattr(torch, dtype), device=device)
             self.register_parameter(parameter, nn.Parameter(empty, requires_grad=False))
         for name, constant in self._constants().items():
             self.register_buffer(name, constant.to(device))
@@ -48,7 +51,7 @@ class StepProgram(nn.Module):
     def _joined(self, names: list[str]) -> dict[str, list[str]]:
         """Parameters, and the checkpoint's tensors whose rows each one joins."""
         grouped = {f"{name}.{kind}": f"{merged_name(group)}.{kind}"
-                   for group in self.survey.groups for name in group for kind in ("weight", "bias")}
+                   for group in self.survey.groups for name in group for kind in ("weight", "bias", *SCALES.values())}
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(parameter_name(grouped.get(name, name)), []).append(name)
@@ -79,8 +82,9 @@ class StepProgram(nn.Module):
         """Random weights made in place, the same at every start, for measuring without a checkpoint."""
         torch.manual_seed(self.mapping.rank)
         with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+            for name, parameter in self.named_parameters():
+                if not quantized.randomize(name, parameter):
+                    parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
 
     def forward(self, tokens: Tensor, query_start: Tensor, start: Tensor, length: Tensor, rows: Tensor,
                 cache: Tensor) -> Tensor:
@@ -131,6 +135,11 @@ class TorchOps:
         found: Tensor | None = getattr(self.program, parameter_name(name), None)
         return found
 
+    def _scale(self, name: str) -> Tensor | None:
+        """Of a weight that is quantized."""
+        algo = self.config.quant_algo
+        return self._find(scale_name(name + ".weight", algo)) if algo else None
+
     def embedding(self, name: str) -> Tensor:
         table = self._get(name + ".weight")
         if not self.config.use_parallel_embedding or self.tp_size == 1:
@@ -149,11 +158,14 @@ class TorchOps:
         return x32.to(x.dtype) * self._get(name + ".weight")
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        weight, bias = self._get(name + ".weight"), self._find(name + ".bias")
+        weight, bias, scale = self._get(name + ".weight"), self._find(name + ".bias"), self._scale(name)
         if not self._streams:
-            return F.linear(x, weight, bias)
+            if scale is None:
+                return F.linear(x, weight, bias)
+            y = quantized.linear(x, weight, scale)
+            return y if bias is None else y + bias
         # The compiler makes one loop of this, which reads weights as fast as memory gives them.
-        y = (x.float() * weight.float()).sum(-1)[None]
+        y = ((x.float() * weight.float()).sum(-1) if scale is None else quantized.row_product(x, weight, scale))[None]
         return (y if bias is None else y + bias).to(x.dtype)
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:

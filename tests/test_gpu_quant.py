@@ -1,0 +1,198 @@
+"""Quantized weights on a GPU: each kernel against float64 on the dequantized matrix, engines against the reference.
+
+Without a GPU the kernels run in Triton's interpreter, where Triton is installed.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dequantized import dequantized_reference
+from makers import Shape, make_meta_dir
+from torch import Tensor
+from torch.nn.functional import silu
+
+from tpllm.cli import main
+from tpllm.distributed import World
+from tpllm.quantization import quantized, stored
+from tpllm.runner import ModelRunner
+from tpllm.sampling import SamplingParams
+
+GPU = torch.cuda.is_available()
+INTERPRETED = not GPU and os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+ALGOS = ["W8A16", "W4A16"]
+# of ‖found - expected‖ / ‖expected‖; int4 sums carry a constant that is taken off at the end
+TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
+# Rows, columns: short and several groups, widths that no tile divides, and those of 7B at tp 4 and 1.
+SIZES = [(8, 33), (10, 128), (14, 300), (24, 1376), (6, 2752), (4, 11008)]
+
+
+def make(rows: int, columns: int, dtype: str, algo: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A random weight's two tensors, and in float64 what they stand for."""
+    weight = (torch.randn(rows, columns) / columns**0.5).to(getattr(torch, dtype))
+    values, scale = quantized(weight, stored("x.weight", (rows, columns), dtype, algo)).values()
+    whole = torch.zeros(rows, columns, dtype=torch.float64)
+    for column in range(columns):  # as the layout is documented
+        if algo == "W8A16":
+            whole[:, column] = values[:, column] * scale.double()
+        else:
+            group, inner = divmod(column, 128)
+            words = values[:, group * 16 + inner % 16].long() & 0xFFFFFFFF
+            whole[:, column] = ((words >> (inner // 16 * 4)) % 16 - 8) * scale[:, group].double()
+    assert (whole - weight.double()).norm() < 0.2 * weight.double().norm()
+    return values.to(DEVICE), scale.to(DEVICE), whole
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.double().cpu() - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    if not GPU and not INTERPRETED:
+        pytest.skip("no CUDA device here")
+    from tpllm.engine.torch.kernels import gemv_quantized
+
+    if INTERPRETED:
+        monkeypatch.setattr(gemv_quantized, "launches_early", lambda device: False)
+    return gemv_quantized
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("algo", ALGOS)
+def test_one_row(algo: str, dtype: str, kernels: Any) -> None:
+    torch.manual_seed(1)
+    for rows, columns in SIZES:
+        values, scale, whole = make(rows, columns, dtype, algo)
+        x, norm = torch.randn(1, columns).to(getattr(torch, dtype)), (1 + torch.randn(columns) / 5).to(
+            getattr(torch, dtype))  # fmt: skip
+        for with_norm, with_residual, swiglu in [(False, False, False), (False, True, False), (True, False, False),
+                                                 (True, False, True), (True, True, True)]:  # fmt: skip
+            width = rows // 2 if swiglu else rows
+            residual = torch.randn(1, width).to(x.dtype)
+            found = kernels.gemv(x.to(DEVICE), values, scale, norm.to(DEVICE) if with_norm else None, 1e-5,
+                                 residual.to(DEVICE) if with_residual else None, swiglu)
+            y = x.double()
+            if with_norm:
+                y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
+            y = y @ whole.T
+            if swiglu:
+                y = silu(y[:, :width]) * y[:, width:]
+            y = y + residual.double() if with_residual else y
+            assert found.shape == y.shape and found.dtype == x.dtype
+            assert relative(found, y) < TOLERANCE[dtype], (rows, columns, with_norm, with_residual, swiglu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("algo", ALGOS)
+def test_several_rows(algo: str, dtype: str, kernels: Any) -> None:
+    torch.manual_seed(2)
+    for rows, columns in SIZES:
+        values, scale, whole = make(rows, columns, dtype, algo)
+        for count in (2, 16, 17, 33, 100, 128, 129, 200):
+            if INTERPRETED and dtype == "bfloat16" and count <= 128:
+                continue  # the interpreter multiplies bits of bfloat16 as integers
+            x = torch.randn(count, columns).to(getattr(torch, dtype))
+            found = kernels.linear(x.to(DEVICE), values, scale)
+            assert found.shape == (count, rows) and found.dtype == x.dtype
+            assert relative(found, x.double() @ whole.T) < TOLERANCE[dtype], (rows, columns, count)
+
+
+@pytest.mark.skipif(GPU, reason="the kernels run on the GPU here")
+def test_in_the_interpreter() -> None:
+    # The interpreter of 3.6 fails with numpy 2.4.
+    pytest.importorskip("triton", minversion="3.9", reason="Triton 3.9 is not installed here")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "row", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout
+
+
+# Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.
+SHAPES = {"mha": Shape(dim=256, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=160, ffn_hidden=320),
+          "gqa": Shape(dim=512, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=161, ffn_hidden=736)}  # fmt: skip
+ENGINES = [("eager", "mha", "float32", "int4"), ("eager", "gqa", "bfloat16", "int8"),
+           ("inductor", "mha", "bfloat16", "int8"), ("inductor", "mha", "bfloat16", "int4"),
+           ("inductor", "gqa", "float16", "int4"), ("inductor", "gqa", "float16", "int8"),
+           ("inductor", "gqa", "float32", "int8")]  # fmt: skip
+LOGITS = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+@cache
+def engine(root: Path, backend: str, shape: str, dtype: str, precision: str) -> tuple[ModelRunner, Any]:
+    """Built by the commands a user gives, and the reference with the weights that its own stand for."""
+    directory = root / f"{backend}-{shape}-{dtype}-{precision}"
+    meta, checkpoint, made = directory / "meta", directory / "checkpoint", directory / "engine"
+    make_meta_dir(meta, SHAPES[shape], seed=6, dtype=getattr(torch, dtype))
+    assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(checkpoint), "--use-weight-only",
+                 "--weight-only-precision", precision]) == 0  # fmt: skip
+    assert main(["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(made), "--backend", backend,
+                 "--device", "cuda", "--max-batch-size", "6", "--max-seq-len", "300"]) == 0  # fmt: skip
+    return ModelRunner.from_dir(made, world=World()), dequantized_reference(meta, checkpoint, 1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu-quantized")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device here")
+@pytest.mark.parametrize("case", ENGINES, ids="-".join)
+def test_logits_are_those_of_the_dequantized_weights(case: tuple[str, str, str, str], root: Path) -> None:
+    """Prompts in one mixed step, then decode of one, of two to six and of all sequences."""
+    import numpy as np
+
+    from tpllm.engine.base import StepInput
+
+    runner, reference = engine(root, *case)
+    chance = random.Random(7)
+    sequences = [[chance.randrange(160) for _ in range(length)] for length in (90, 41, 9, 130, 20, 63)]
+    cached = [0] * len(sequences)
+    found: list[list[Tensor]] = [[] for _ in sequences]
+
+    def step(parts: list[tuple[int, int]]) -> None:
+        """(sequence, number of new tokens) of each that takes part."""
+        counts = [count for _, count in parts]
+        tokens = [token for i, count in parts for token in sequences[i][cached[i]:cached[i] + count]]
+        logits = runner.engine.step(StepInput(
+            np.array(tokens, np.int32), np.cumsum([0, *counts], dtype=np.int32),
+            np.array([300 * i for i, _ in parts], np.int32),
+            np.array([cached[i] + count for i, count in parts], np.int32),
+            np.arange(len(tokens), dtype=np.int32)))  # fmt: skip
+        for (i, count), part in zip(parts, logits.split(counts), strict=True):
+            found[i].append(part.cpu())
+            cached[i] += count
+
+    step([(i, len(ids) - 8) for i, ids in enumerate(sequences)])
+    for size in (1, 1, 2, 3, 6, 6):
+        step([(i, 1) for i in range(size)])
+    for i, ids in enumerate(sequences):
+        expected = reference.logits(ids[:cached[i]])
+        assert relative(torch.cat(found[i]), expected.double()) < LOGITS[case[2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device here")
+@pytest.mark.parametrize("case", [case for case in ENGINES if case[2] == "float32"], ids="-".join)
+def test_greedy_answers_are_the_references(case: tuple[str, str, str, str], root: Path) -> None:
+    runner, reference = engine(root, *case)
+    chance = random.Random(8)
+    prompts = [[chance.randrange(160) for _ in range(length)] for length in (5, 1, 30, 8, 100, 2, 7)]
+    outputs = runner.generate(prompts, SamplingParams(max_output_len=12, ignore_eos=True))
+    for ids, output in zip(prompts, outputs, strict=True):
+        for token, (best, gap) in zip(output.outputs[0].token_ids, reference.greedy_with_gaps(ids, 12), strict=True):
+            if gap < 1e-2:
+                break  # a tie: from here on either is right
+            assert token == best

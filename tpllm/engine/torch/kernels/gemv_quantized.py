@@ -1,0 +1,216 @@
+"""`gemv` for quantized weights (`tpllm/quantization.py` has their layout), and products of several rows.
+
+At 1 byte a weight and less, arithmetic is nearly as slow as memory, so a program has several rows of the matrix, which
+share the work on x, and few warps, which share the work at its end. Int4 numbers are not converted: at the top of a
+float's mantissa they are numbers already, too large by a constant, which the sum of x mends once for all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import _weights, launches_early
+
+ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
+FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
+INT8_NUMBERS, INT4_WORDS = 8, 4  # of each row in a program's tile, for each of its threads
+BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
+FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
+
+
+@triton.jit
+def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+            SWIGLU: tl.constexpr):
+    """Store sums `[BLOCK_N]`, of which `gate` are those of SwiGLU's second half."""
+    scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
+    result *= scale
+    if SWIGLU:
+        result = result / (1.0 + tl.exp(-result)) * (gate * scale)
+    if RESIDUAL:
+        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _int8(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
+    if EARLY:
+        gdc_launch_dependents()
+    tile = _weights(pointers, rows, columns, N, K)
+    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
+    scale = tl.load(scales + rows, mask=rows < N, other=0.0)
+    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SWIGLU else scale
+    if EARLY:
+        gdc_wait()
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = k + columns < K
+        row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += row * row
+            row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
+        acc += tile.to(tl.float32) * row[None, :]
+        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+        if SWIGLU:
+            acc2 += tile2.to(tl.float32) * row[None, :]
+            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+    _finish(tl.sum(acc, 1) * scale, tl.sum(acc2, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K, epsilon,
+            NORM, RESIDUAL, SWIGLU)
+
+
+@triton.jit
+def _numbers(words, of_16, of_256, i: tl.constexpr):
+    """What bits 4i to 4i + 3 of each word stand for, plus 264 for i of 1, 3 and 5, else 24; 8 of it is the layout's."""
+    top: tl.constexpr = i + 1 if i % 2 == 1 and i < 7 else i  # so that one shift of the words serves two of them
+    bits = words << (19 - 4 * top) if top < 5 else words >> (4 * top - 19)
+    if top == i:
+        bits = (bits & 0x00780000) | of_16  # the four highest bits of the mantissa
+    else:
+        bits = (bits & 0x00078000) | of_256  # the next four
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _chunks(parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of four words each, which one thread has: `[ROWS, BLOCK / 4]`."""
+    return tl.sum(tl.reshape(parts, [ROWS, BLOCK // 4, 4]), 2)
+
+
+@triton.jit
+def _scales(pointers, rows, chunks, N, count):
+    """Of the group that each chunk of four words is in."""
+    mask = (rows < N)[:, None] & (chunks < count)[None, :]
+    return tl.load(pointers + chunks[None, :] // 4, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    words, chunks, groups = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 4), tl.cdiv(K, 128)
+    columns, count = words // 16 * 128 + words % 16, groups * 16
+    pointers = w + rows.to(tl.int64)[:, None] * count + words[None, :]
+    factors = scales + rows.to(tl.int64)[:, None] * groups
+    # SwiGLU: the second half of the rows
+    pointers2, factors2 = pointers + N.to(tl.int64) * count, factors + N.to(tl.int64) * groups
+    if EARLY:
+        gdc_launch_dependents()
+    tile, scale = _weights(pointers, rows, words, N, count), _scales(factors, rows, chunks, N, groups * 4)
+    if SWIGLU:
+        tile2, scale2 = _weights(pointers2, rows, words, N, count), _scales(factors2, rows, chunks, N, groups * 4)
+    if EARLY:
+        gdc_wait()
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for j in range(0, count, BLOCK_K):
+        for i in tl.static_range(8):
+            place = j * 8 + columns + 16 * i
+            row = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+            if NORM:
+                squares += row * row
+                row *= tl.load(norm + place, mask=place < K, other=0.0).to(tl.float32)
+            excess = row * (264.0 if i % 2 == 1 and i < 7 else 24.0)
+            product = _numbers(tile, of_16, of_256, i) * row[None, :]
+            product2 = _numbers(tile2, of_16, of_256, i) * row[None, :] if SWIGLU else product
+            if i == 0:
+                total, part, part2 = excess, product, product2
+            else:
+                total += excess
+                part += product
+                part2 += product2
+        total = _chunks(total[None, :], 1, BLOCK_K)
+        acc += (_chunks(part, BLOCK_N, BLOCK_K) - total) * scale
+        after = j + BLOCK_K
+        tile = _weights(pointers + after, rows, after + words, N, count)
+        scale = _scales(factors, rows, after // 4 + chunks, N, groups * 4)
+        if SWIGLU:
+            acc2 += (_chunks(part2, BLOCK_N, BLOCK_K) - total) * scale2
+            tile2 = _weights(pointers2 + after, rows, after + words, N, count)
+            scale2 = _scales(factors2, rows, after // 4 + chunks, N, groups * 4)
+    _finish(tl.sum(acc, 1), tl.sum(acc2, 1), tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL,
+            SWIGLU)
+
+
+def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
+         residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
+    """`[1, N]` as `gemv.gemv` has it, of the weight `[N, K]` or, with `swiglu`, `[2N, K]` that the two stand for."""
+    size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], x.shape[1]
+    out = torch.empty((1, size), dtype=x.dtype, device=x.device)
+    early = launches_early(x.device)
+    int8 = weight.dtype == torch.int8
+    rows = ROWS // 2 if swiglu else ROWS
+    programs = triton.cdiv(size, rows)
+    warps = (2 if int8 else 1) * (2 if programs < FEW_PROGRAMS else 1)
+    tile = 32 * warps * (INT8_NUMBERS if int8 else INT4_WORDS)
+    (_int8 if int8 else _int4)[(programs,)](
+        x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size, columns,
+        epsilon, *BITS, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows,
+        BLOCK_K=tile, num_warps=warps, launch_pdl=early)
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A group of 128 columns at a time."""
+    rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns, words, groups = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128)
+    weights, valid = w + lines.to(tl.int64)[:, None] * (groups * 16 if INT4 else K), (lines < N)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for g in range(groups):
+        place = (g * 128 + columns)[None, :]
+        row = tl.load(x + rows[:, None] * K + place, mask=(rows < M)[:, None] & (place < K), other=0.0)
+        if INT4:
+            tile = tl.load(weights + g * 16 + words[None, :], mask=valid, other=0)
+            numbers = ((tile[:, None, :] >> (tl.arange(0, 8) * 4)[None, :, None]) & 15) - 8
+            tile = tl.reshape(numbers, [BLOCK_N, 128]).to(row.dtype)
+            scale = tl.load(scales + lines * groups + g, mask=lines < N, other=0.0).to(tl.float32)
+            acc += tl.dot(row, tl.trans(tile)) * scale[None, :]
+        else:
+            tile = tl.load(weights + place, mask=valid & (place < K), other=0).to(row.dtype)
+            acc = tl.dot(row, tl.trans(tile), acc)
+    if not INT4:
+        acc *= tl.load(scales + lines, mask=lines < N, other=0.0)[None, :]
+    tl.store(out + rows[:, None] * N + lines[None, :], acc.to(out.dtype.element_ty),
+             mask=(rows < M)[:, None] & (lines < N)[None, :])
+
+
+@triton.jit
+def _dequantize(w, scales, out, K, INT4: tl.constexpr, BLOCK: tl.constexpr):
+    line, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    groups = tl.cdiv(K, 128)
+    if INT4:
+        words = tl.load(w + line * groups * 16 + columns // 128 * 16 + columns % 16, mask=columns < K, other=0)
+        numbers = ((words >> (columns % 128 // 16 * 4)) & 15) - 8
+        scale = tl.load(scales + line * groups + columns // 128, mask=columns < K, other=0.0)
+    else:
+        numbers = tl.load(w + line * K + columns, mask=columns < K, other=0)
+        scale = tl.load(scales + line)
+    value = numbers.to(tl.float32) * scale.to(tl.float32)
+    tl.store(out + line * K + columns, value.to(out.dtype.element_ty), mask=columns < K)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`[M, N]`: x `[M, K]` times the weight `[N, K]` that the two stand for.
+
+    Of few rows it takes as long as reading the weights. For many, which computing bounds, and for float32, which tensor
+    cores do not multiply, weights are written out first.
+    """
+    x, int4 = x.contiguous(), weight.dtype == torch.int32
+    (m, k), n = x.shape, weight.shape[0]
+    if m > FEW_ROWS or x.dtype == torch.float32:
+        whole = torch.empty((n, k), dtype=x.dtype, device=x.device)
+        _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=int4, BLOCK=1024)
+        return F.linear(x, whole)
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    block = max(16, triton.next_power_of_2(m))
+    _few_rows[(triton.cdiv(n, 32),)](x, weight, scale, out, m, n, k, INT4=int4, BLOCK_M=block, BLOCK_N=32, num_warps=4,
+                                     num_stages=6 if block <= 32 else 4)
+    return out
