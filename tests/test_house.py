@@ -22,12 +22,14 @@ MAX_CORE, MAX_PART = 5000, 650  # lines of code
 # What only verbs stand on: who reads the core may leave it out.
 PARTS = {
     "batch": ("batch", "cli.batch"),
-    "bench": ("bench", "cli.bench"),
+    "bench": ("bench", "ceilings", "nvml", "cli.bench"),
     "convert": ("checkpoint.convert", "cli.convert", "checkpoint.verify", "cli.inspect", "cli.verify"),
     "demo": ("demo", "cli.demo"),
     "doctor": ("doctor", "cli.doctor"),
     "eval": ("evaluate", "cli.eval"),
     "interactive": ("cli.interactive", "launch.console"),
+    "report": ("report",),
+    "scale": ("records", "cli.scale"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
     "quantization": ("quantization", "engine.torch.quantized", "engine.torch.kernels.gemv_quantized"),
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
@@ -43,17 +45,17 @@ HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [
     {"errors", "mapping", "demo"},
-    {"settings", "quantization"},
+    {"settings", "quantization", "records"},
     {"heartbeat", "launched", "devices", "runlog", "files", "chat"},
     {"config", "sampling", "tokenizer", "distributed", "compiler", "launch"},
-    {"sharding", "inputs", "beam"},
+    {"sharding", "inputs", "beam", "nvml"},
     {"models"},
     {"checkpoint"},
     {"engine"},
     {"beam", "scheduler"},
     {"answer"},
-    {"runner", "doctor"},
-    {"batch", "bench", "evaluate"},
+    {"runner", "doctor", "ceilings"},
+    {"batch", "bench", "evaluate", "report"},
     {"cli"},
     {"__main__"},
 ]
@@ -143,7 +145,8 @@ def importers(library: str) -> set[str]:
 @pytest.mark.parametrize(("library", "home"), [
     ("mpi4py", {"tpllm.distributed"}), ("sentencepiece", {"tpllm.tokenizer"}), ("tiktoken", {"tpllm.tokenizer"}),
     ("tokenizers", {"tpllm.tokenizer"}), ("safetensors", {"tpllm.checkpoint.rank"}), ("xxhash", {"tpllm.files"}),
-    ("jinja2", {"tpllm.chat"}), ("rouge_score", {"tpllm.evaluate"}),
+    ("jinja2", {"tpllm.chat"}), ("pynvml", {"tpllm.nvml"}),
+    ("matplotlib", {"tpllm.report.plots"}), ("rouge_score", {"tpllm.evaluate"}),
     ("tensorrt", {f"tpllm.engine.tensorrt.{name}" for name in ("backend", "lowering", "messages", "plan", "runtime")}),
     ("nccl", {"tpllm.engine.tensorrt.backend", "tpllm.engine.tensorrt.runtime"}),
 ])  # fmt: skip
@@ -231,13 +234,14 @@ def help_of(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("code", ["import tpllm", help_of([]), help_of(["convert"]), help_of(["build"]),
                                   help_of(["run"]), help_of(["eval"]), help_of(["batch"]), help_of(["launch"]),
-                                  help_of(["sbatch"]), help_of(["demo"]), help_of(["inspect"]), help_of(["verify"])],
+                                  help_of(["sbatch"]), help_of(["demo"]), help_of(["bench"]),
+                                  help_of(["scale"]), help_of(["inspect"]), help_of(["verify"])],
                          ids=lambda code: code[-60:-45])  # fmt: skip
 def test_help_loads_nothing_heavy(code: str) -> None:
     modules = loaded(code)
     assert "tpllm" in modules
     assert not modules & {"torch", "mpi4py", "tensorrt", "sentencepiece", "tiktoken", "tokenizers", "safetensors",
-                           "transformers"}
+                           "transformers", "matplotlib"}
 
 
 def test_the_public_names_are_imported_on_first_use() -> None:

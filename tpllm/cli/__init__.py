@@ -9,7 +9,8 @@ import sys
 from tpllm import __version__
 from tpllm.errors import TpllmError
 
-VERBS = ("convert", "build", "run", "batch", "eval", "bench", "launch", "sbatch", "doctor", "inspect", "verify", "demo")
+VERBS = ("convert", "build", "run", "batch", "eval", "bench", "scale", "launch", "sbatch", "doctor", "inspect",
+         "verify", "demo")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +52,6 @@ def dashed(argv: list[str]) -> list[str]:
     """`--tp_size 2` and `--tp_size=2` as `--tp-size`: TensorRT-LLM's spelling is accepted everywhere."""
     def fix(word: str) -> str:
         name, equals, value = word.partition("=")
-        return name.replace("_", "-") + equals + value if name.startswith("--") else word
+        return name.replace("_", "-") + equals + value if name.startswith("--") and " " not in name else word
 
     return [fix(word) for word in argv]
