@@ -213,6 +213,32 @@ def test_a_stream_left_early_leaves_the_runner_usable(after: int, demo: Built) -
     assert demo.runner.generate(TEXTS, params) == whole
 
 
+class Later:
+    """A source whose second job comes when it has been asked for three times."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs, self.asked = jobs, 0
+
+    def __iter__(self) -> "Later":
+        return self
+
+    def __next__(self) -> Job:
+        self.asked += 1
+        if not self.jobs or 1 < self.asked < 4:
+            raise StopIteration
+        return self.jobs.pop(0)
+
+
+def test_a_job_that_comes_later_joins_those_that_run(build: Build) -> None:
+    runner = build(LLAMA2_MHA).runner
+    prompts, params = random_ids(build(LLAMA2_MHA), 5, 7, seed=6), SamplingParams(max_output_len=8)
+    jobs = [runner.prepare(i, prompt, params) for i, prompt in enumerate(prompts)]
+    events = list(runner.serve(Later(jobs)))
+    assert [event.index for event in events].index(1) == 3  # after three tokens of the first
+    answers = [[event.token_id for event in events if event.index == i] for i in range(2)]
+    assert answers == [output.outputs[0].token_ids for output in runner.generate(prompts, params)]
+
+
 def test_no_prompts_are_no_answers(demo: Built) -> None:
     assert demo.runner.generate([]) == [] and list(demo.runner.stream([])) == []
 

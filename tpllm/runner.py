@@ -109,6 +109,7 @@ class ModelRunner:
     def serve(self, source: Iterator[Job], drain_seconds: float = 0.0) -> Iterator[TokenEvent]:
         """Answer rank 0's jobs, each as soon as there is room for it; `source` is asked for no more than that.
 
+        A `source` that ends is asked again as long as others run: it may say so that none has come yet.
         After SIGUSR1 it asks for no more, goes on for `drain_seconds` with what is running, and ends; unfinished
         answers then have no `finish_reason`. Collective; on other ranks there are no events.
         """
@@ -126,7 +127,7 @@ class ModelRunner:
     def _lead(self, source: Iterator[Job], drain_seconds: float) -> Iterator[TokenEvent]:
         """Rank 0's side: send each step out, run it, choose tokens, report; the last thing sent is the end."""
         world = self.world
-        started = (Answer(job, self.tokenizer).branches for job in source)
+        started = map(lambda job: Answer(job, self.tokenizer).branches, source)  # asked again after its end
         admitted = itertools.takewhile(lambda _: not world.draining, started)
         scheduler = Scheduler(self.engine.capacity, self.max_batch_size, MAX_STEP_TOKENS, admitted, self.engine.unit)
         end: StepInput | None = None
