@@ -117,6 +117,7 @@ def test_logits_and_tokens_are_those_of_the_dequantized_weights(ranks: int, prec
     check_engine(meta, run_engines(meta, tmp_path, ranks, "eager", [precision]), precision)
 
 
+@pytest.mark.full
 def test_a_compiled_engine(tmp_path: Path) -> None:
     meta = make_meta_dir(tmp_path / "meta", replace(SHAPE, n_layers=1), seed=4)
     check_engine(meta, run_engines(meta, tmp_path, 1, "inductor", ["int4"]), "int4")
