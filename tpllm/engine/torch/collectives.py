@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 library = torch.library.Library("tpllm", "DEF")
 library.define("all_reduce(Tensor x) -> Tensor")
 library.define("all_gather(Tensor x, int ranks) -> Tensor")
-# On GPUs what follows an all-reduce in a layer is done in the same kernel. One result, the sum and its norm stacked:
-# of chained operators with several, Inductor (torch 2.11) spells out all that led to them, which takes for ever.
+# On GPUs what follows an all-reduce in a layer is done in the same kernel. One result: the sum and its norm, stacked.
 library.define("all_reduce_add_norm(Tensor x, Tensor residual, Tensor norm, float epsilon) -> Tensor")
 
 # A compiled graph calls its operators by name, so the ranks they speak to cannot be passed as an argument.

@@ -41,9 +41,8 @@ class Communicator:
     def __init__(self, world: World, device: torch.device, width: int, dtype: torch.dtype) -> None:
         self.world, self.device, self.width, self.dtype = world, device, width, dtype
         start_group(world, device)
-        self.direct = reaches_peers(world)
         self._ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"nccl": self._nccl}
-        if self.direct:
+        if reaches_peers(world):
             self._make_direct()
         self._paths = self._choose()
 

@@ -24,8 +24,23 @@ def _weights(pointers, rows, columns, N, K):
 
 
 @triton.jit
-def _gemv(x, w, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+            SWIGLU: tl.constexpr):
+    """Store sums `[BLOCK_N]`, of which `gate` are those of SwiGLU's second half."""
+    scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
+    result *= scale
+    if SWIGLU:
+        result = result / (1.0 + tl.exp(-result)) * (gate * scale)
+    if RESIDUAL:
+        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _gemv(x, w, scales, norm, residual, out, N, K, epsilon, SCALED: tl.constexpr, NORM: tl.constexpr,
+          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_K: tl.constexpr):
+    """With SCALED each row of the matrix stands for itself times its scale."""
     rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
     other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
@@ -33,6 +48,8 @@ def _gemv(x, w, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL
         gdc_launch_dependents()
     tile = _weights(pointers, rows, columns, N, K)
     tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
+    scale = tl.load(scales + rows, mask=rows < N, other=0.0) if SCALED else 1.0
+    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SCALED and SWIGLU else scale
     if EARLY:
         gdc_wait()
     acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -48,13 +65,11 @@ def _gemv(x, w, norm, residual, out, N, K, epsilon, NORM: tl.constexpr, RESIDUAL
         if SWIGLU:
             acc2 += tile2.to(tl.float32) * row[None, :]
             tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
-    scale = tl.rsqrt(tl.sum(squares, 0) / K + epsilon) if NORM else 1.0
-    result = tl.sum(acc, 1) * scale
-    if SWIGLU:
-        result = result / (1.0 + tl.exp(-result)) * (tl.sum(acc2, 1) * scale)
-    if RESIDUAL:
-        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+    result, gate = tl.sum(acc, 1), tl.sum(acc2, 1)
+    if SCALED:
+        result *= scale
+        gate *= scale2
+    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
 @cache
@@ -73,7 +88,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early = launches_early(x.device)
     _gemv[(triton.cdiv(size, BLOCK_N),)](
-        x, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
-        weight.shape[1], epsilon, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
-        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS, launch_pdl=early)
+        x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
+        weight.shape[1], epsilon, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu,
+        EARLY=early, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS, launch_pdl=early)
     return out

@@ -13,57 +13,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import _weights, launches_early
+from tpllm.engine.torch.kernels.gemv import _finish, _gemv, _weights, launches_early
 
 ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
 INT8_NUMBERS, INT4_WORDS = 8, 4  # of each row in a program's tile, for each of its threads
 BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
-
-
-@triton.jit
-def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-            SWIGLU: tl.constexpr):
-    """Store sums `[BLOCK_N]`, of which `gate` are those of SwiGLU's second half."""
-    scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
-    result *= scale
-    if SWIGLU:
-        result = result / (1.0 + tl.exp(-result)) * (gate * scale)
-    if RESIDUAL:
-        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
-
-
-@triton.jit
-def _int8(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
-    if EARLY:
-        gdc_launch_dependents()
-    tile = _weights(pointers, rows, columns, N, K)
-    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
-    scale = tl.load(scales + rows, mask=rows < N, other=0.0)
-    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SWIGLU else scale
-    if EARLY:
-        gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        inside = k + columns < K
-        row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares += row * row
-            row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * row[None, :]
-        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
-        if SWIGLU:
-            acc2 += tile2.to(tl.float32) * row[None, :]
-            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
-    _finish(tl.sum(acc, 1) * scale, tl.sum(acc2, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K, epsilon,
-            NORM, RESIDUAL, SWIGLU)
 
 
 @triton.jit
@@ -150,10 +106,14 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     programs = triton.cdiv(size, rows)
     warps = (2 if int8 else 1) * (2 if programs < FEW_PROGRAMS else 1)
     tile = 32 * warps * (INT8_NUMBERS if int8 else INT4_WORDS)
-    (_int8 if int8 else _int4)[(programs,)](
-        x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size, columns,
-        epsilon, *BITS, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early, BLOCK_N=rows,
-        BLOCK_K=tile, num_warps=warps, launch_pdl=early)
+    inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
+              columns, epsilon)
+    options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
+               "BLOCK_N": rows, "BLOCK_K": tile, "num_warps": warps, "launch_pdl": early}
+    if int8:
+        _gemv[(programs,)](*inputs, SCALED=True, **options)
+    else:
+        _int4[(programs,)](*inputs, *BITS, **options)
     return out
 
 
