@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,22 @@ import pytest
 from built import build, demo  # noqa: F401  fixtures
 from tensorrt_stub import trt  # noqa: F401
 
+from tpllm.launch.launchers import SESSION
+
 # Runs leave logs and records; those of tests belong into no user's directory.
 os.environ.setdefault("TPLLM_LOG_DIR", tempfile.mkdtemp(prefix="tpllm-test-logs-"))
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def session_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test's mpirun keeps its files apart.
+
+    Open MPI 5 names them by its pid: those that a killed one left would stop a later one that is given the same pid.
+    """
+    with tempfile.TemporaryDirectory(prefix="tpllm-test-session-", ignore_cleanup_errors=True) as directory:
+        monkeypatch.setenv(SESSION, directory)
+        yield
 
 
 def mpirun_command(ranks: int, argv: list[str]) -> list[str]:

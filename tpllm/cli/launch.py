@@ -17,7 +17,7 @@ from tpllm.devices import driver_inventory
 from tpllm.errors import PreflightError, UsageError
 from tpllm.launch.estimate import all_reduce_note, read_model, tp_size
 from tpllm.launch.hostfile import Host, emit, parse_hosts, place, read_hostfile, slurm_hosts
-from tpllm.launch.launchers import Job, Launcher, find_launcher
+from tpllm.launch.launchers import SESSION, Job, Launcher, find_launcher
 from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
 from tpllm.launch.watch import Watch, say
 from tpllm.launched import FINISHED_FILE
@@ -144,7 +144,7 @@ def start(plan: Plan, timeout: float | None, interactive: bool) -> int:
 
     if interactive and os.fstat(0).st_rdev == os.stat(os.devnull).st_rdev:
         raise UsageError("run has no prompts: give --input-text or --input-file, or lines on stdin")
-    with scratch(plan.job.remote) as directory, contextlib.ExitStack() as stack:
+    with scratch(plan.job.remote) as directory, session() as files, contextlib.ExitStack() as stack:
         hostfile, mark = directory / "hostfile", directory / "finished"
         if plan.hostfile:
             hostfile.write_text(plan.hostfile, encoding="utf-8")
@@ -154,18 +154,28 @@ def start(plan: Plan, timeout: float | None, interactive: bool) -> int:
             server = ConsoleServer(address, sys.stdin.isatty())
             stack.callback(server.close)
             variables = server.variables
-        environment = {**plan.launcher.environment(), **variables}
+        environment = {**plan.launcher.environment(str(files)), **variables}
         command = plan.launcher.command(plan.job, str(hostfile), {**environment, FINISHED_FILE: str(mark)})
         say(f"$ {command.shown()}")
         crash = CRASH_CODES if plan.launcher.dialect == "mpich" else frozenset[int]()
         return Watch(command.argv, environment, mark, timeout, crash).run()
 
 
-@contextlib.contextmanager
-def scratch(remote: bool) -> Iterator[Path]:
+def scratch(remote: bool) -> contextlib.AbstractContextManager[Path]:
     """A directory that rank 0 sees too: if it may be on another host, one below this directory, which hosts share."""
+    return temporary(".tpllm-launch-", os.getcwd() if remote else None)
+
+
+def session() -> contextlib.AbstractContextManager[Path]:
+    """A directory for the launcher's own files, on this host's disk, where the site wants them if it says so."""
+    return temporary("tpllm-session-", os.environ.get(SESSION))
+
+
+@contextlib.contextmanager
+def temporary(prefix: str, parent: str | None) -> Iterator[Path]:
+    """A directory that is gone in the end."""
     try:
-        directory = Path(tempfile.mkdtemp(prefix=".tpllm-launch-", dir=os.getcwd() if remote else None)).resolve()
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
     except OSError as e:
         raise PreflightError(f"launch needs a directory to write to: {e}") from None
     try:

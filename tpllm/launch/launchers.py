@@ -18,6 +18,7 @@ from tpllm.settings import seconds, setting
 
 # What ranks on other hosts need of this environment. Not CUDA_VISIBLE_DEVICES: it may differ from host to host.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "CC", "CXX")
+SESSION = "PRTE_MCA_prte_local_tmpdir_base"  # where Open MPI 5's mpirun keeps its files; 4 does not look at it
 PASSED_PREFIXES = ("TPLLM_", "NCCL_", "HF_", "UCX_", "MPI4PY_")
 
 
@@ -71,9 +72,14 @@ class Launcher:
             return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         return {}
 
-    def environment(self) -> dict[str, str]:
-        """This process's environment with these."""
-        return {**os.environ, **self.variables()}
+    def environment(self, session: str = "") -> dict[str, str]:
+        """This process's environment with these; `session` is a directory for the launcher's own files on this host.
+
+        Open MPI 5 names its files by its pid, and where one that was killed has left some, it refuses to start when it
+        is given the same pid.
+        """
+        own = {SESSION: session} if session and self.dialect == "openmpi" else {}
+        return {**os.environ, **self.variables(), **own}
 
     def _openmpi(self, job: Job, hostfile: str, environment: Mapping[str, str]) -> list[str]:
         # Unbound: Open MPI would pin one or two ranks to a core each, with all of their threads.
