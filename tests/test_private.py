@@ -68,6 +68,18 @@ def test_the_compiler_takes_our_arguments_and_options() -> None:
         assert isinstance(config.get_type(option), type)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 64, 48), (2, 7, 5), (8, 768, 1024), (65, 33, 130)])
+def test_products(rows: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    """Of weights that begin anywhere, as those of a mapped file do."""
+    x, bias = torch.randn(rows, inner).to(dtype), torch.randn(outer).to(dtype)
+    weight = torch.randn(outer * inner + 3).to(dtype)[3:].view(outer, inner)
+    exact = x.double() @ weight.double().T
+    for expected, given in ((exact, None), (exact + bias.double(), bias)):
+        torch.testing.assert_close(private.linear(x, weight, given).double(), expected, atol=1e-4 * inner**0.5,
+                                   rtol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_compiling_leaves_nothing_where_other_ranks_compile() -> None:
     """Inductor names files by code without constants: ranks that differ in one would overwrite each other's."""
     new = random.random()  # code that no earlier run has left there
