@@ -24,13 +24,15 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def session_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def session_files() -> Iterator[None]:
     """Each test's mpirun keeps its files apart.
 
     Open MPI 5 names them by its pid: those that a killed one left would stop a later one that is given the same pid.
     """
-    with tempfile.TemporaryDirectory(prefix="tpllm-test-session-", ignore_cleanup_errors=True) as directory:
-        monkeypatch.setenv(SESSION, directory)
+    # Not the test's own `monkeypatch`: asked for here it would be undone later than the test's other fixtures.
+    with (tempfile.TemporaryDirectory(prefix="tpllm-test-session-", ignore_cleanup_errors=True) as directory,
+          pytest.MonkeyPatch.context() as patch):
+        patch.setenv(SESSION, directory)
         yield
 
 

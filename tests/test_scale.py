@@ -210,14 +210,17 @@ def test_a_shape_that_cannot_be_split_is_refused_by_name() -> None:
 
 
 def test_a_real_sweep_with_a_point_that_fails(tmp_path: Path) -> None:
-    """One rank is measured; three cannot share the heads. Then the sweep goes on where it was."""
-    options = [*SWEEP, "--tp-sizes", "1,3", "--batch-sizes", "1", "--output-dir", str(tmp_path / "out")]
+    """One and two ranks are measured, with the same random weights; three cannot share the heads. Then the sweep goes
+    on where it was."""
+    options = [*SWEEP, "--tp-sizes", "1,2,3", "--batch-sizes", "1", "--output-dir", str(tmp_path / "out")]
     assert main(options) == 2
     records = read_records(tmp_path / "out" / RESULTS)
-    assert [record["kind"] for record in records] == ["build", "load", "tokens", "decode", "prefill", "error"]
+    assert [record["kind"] for record in records] == ["build", "load", "tokens", "decode", "prefill"] * 2 + ["error"]
     assert "not divisible by 3" in records[-1]["error"] and records[-1]["tp_size"] == 3
+    one, two = (record for record in records if record["kind"] == "tokens")
+    assert (one["tp_size"], two["tp_size"]) == (1, 2) and one["token_ids"] == two["token_ids"]
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert f"| 1 | 1 | 8 / 8 | {records[3]['tokens_per_s']:.4g}" in text and "not divisible by 3" in text
     before = json.dumps(records)
-    assert main([*options, "--tp-sizes", "1"]) == 0
+    assert main([*options, "--tp-sizes", "1,2"]) == 0
     assert json.dumps(read_records(tmp_path / "out" / RESULTS)) == before

@@ -56,7 +56,7 @@ def quantized(weight: torch.Tensor, specs: dict[str, Spec]) -> dict[str, torch.T
 
     if len(specs) == 1:
         return dict.fromkeys(specs, weight)
-    made = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in specs.values()]
+    made = [torch.empty(shape, dtype=getattr(torch, dtype), device=weight.device) for dtype, shape in specs.values()]
     rows = max(1, BLOCK // weight.shape[1])
     quantize = quantize_int8 if made[0].dtype == torch.int8 else quantize_int4
     for part, values, scale in zip(weight.split(rows), made[0].split(rows), made[1].split(rows), strict=True):
@@ -90,6 +90,6 @@ def quantize_int4(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tenso
     weight = F.pad(weight, (0, scale.shape[1] * GROUP - weight.shape[1])).view(*scale.shape, GROUP)
     scale.copy_(weight.abs().amax(-1) / 7)
     nibbles = (divided(weight, scale, 7) + 8).int().view(*scale.shape, GROUP // WORDS, WORDS)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)[:, None]
     # Nibbles do not overlap, so that their sum is their union; the highest one's sign bit is meant to overflow.
     values.copy_((nibbles << shifts).sum(-2, dtype=torch.int32).view(values.shape))

@@ -24,6 +24,7 @@ from tpllm.engine.base import (
     read_engine,
     write_engine,
 )
+from tpllm.engine.random_weights import random_weights
 from tpllm.engine.torch import collectives
 from tpllm.engine.torch.device import find_device
 from tpllm.engine.torch.fused import DecodeProgram
@@ -134,7 +135,7 @@ def load_rank(directory: Path, config: EngineConfig, mapping: Mapping, checkpoin
     def fill() -> StepProgram:
         program = StepProgram(model, mapping, device)
         if checkpoint_dir is None:
-            program.randomize()
+            program.fill(random_weights(model, mapping, device))
             return program
         checkpoint = RankCheckpoint(checkpoint_dir, model, mapping)
         weights, fingerprint = checkpoint.load()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from tpllm.engine.torch import quantized
 from tpllm.engine.torch.attention import attend, rotate_and_attend, rotation
 from tpllm.engine.torch.collectives import all_gather, all_reduce, all_reduce_add_norm
 from tpllm.engine.torch.merge import Survey, merged_name, survey
+from tpllm.engine.torch.private import linear
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.models.rope import inverse_frequencies
@@ -69,22 +72,19 @@ class StepProgram(nn.Module):
         if self.device.type == "cpu":
             state = {parameter_name(name): tensor for name, tensor in weights.items()}
             self.load_state_dict(state | dict(self.named_buffers()), strict=True, assign=True)
-            return
-        with torch.no_grad():
-            for name, (parameter, row) in self._places.items():
-                self.get_parameter(parameter)[row:row + weights[name].shape[0]].copy_(weights[name])
+        else:
+            self.fill((name, weights[name]) for name in self._places)
+
+    @torch.no_grad()
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy these into their places, one after the other."""
+        for name, weight in weights:
+            parameter, row = self._places[name]
+            self.get_parameter(parameter)[row:row + weight.shape[0]].copy_(weight)
 
     def rows(self, name: str) -> int:
         """Rows of a checkpoint tensor on this rank."""
         return self._rows[name]
-
-    def randomize(self) -> None:
-        """Random weights made in place, the same at every start, for measuring without a checkpoint."""
-        torch.manual_seed(self.mapping.rank)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if not quantized.randomize(name, parameter):
-                    parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
 
     def forward(self, tokens: Tensor, query_start: Tensor, start: Tensor, length: Tensor, rows: Tensor,
                 cache: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class TorchOps:
         weight, bias, scale = self._get(name + ".weight"), self._find(name + ".bias"), self._scale(name)
         if not self._streams:
             if scale is None:
-                return F.linear(x, weight, bias)
+                return linear(x, weight, bias)
             y = quantized.linear(x, weight, scale)
             return y if bias is None else y + bias
         # The compiler makes one loop of this, which reads weights as fast as memory gives them.
