@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import os
 import platform
 import re
-import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ import torch
 from tpllm.compiler import find_compiler
 from tpllm.distributed import World
 from tpllm.engine.base import Backend, Engine, EngineConfig, build_command, engine_file, read_engine
+from tpllm.engine.torch.aside import Aside
 from tpllm.engine.torch.base import (
     PreparedRank,
     Step,
@@ -27,6 +26,7 @@ from tpllm.engine.torch.base import (
     load_rank,
     make_cache,
     prepare_rank,
+    use_threads,
     write_rank_engine,
 )
 from tpllm.engine.torch.device import choose_device
@@ -39,7 +39,6 @@ from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
 ISA = "cpu-features"
-PR_SET_PDEATHSIG = 1
 Graph = torch.export.ExportedProgram
 
 
@@ -51,42 +50,41 @@ class InductorBackend(Backend):
     def build(self, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None, out: Path, world: World,
               model_file: Path | None) -> None:
         started = time.perf_counter()
+        with contextlib.ExitStack() as stack:
 
-        def prepare() -> tuple[PreparedRank, str, Graph]:
-            compiler = find_compiler(world.say)
-            rank = prepare_rank(config, mapping, checkpoint_dir, model_file, world)
-            return rank, compiler, GRAPHS["mixed"](rank.program, config)
+            def prepare() -> tuple[PreparedRank, Single, Graph]:
+                compiler = find_compiler(world.say)
+                use_threads(world)  # whose number the compiler writes into the code
+                rank = prepare_rank(config, mapping, checkpoint_dir, model_file, world)
+                single = Single(config, mapping, model_file, rank.program.device, compiler)
+                # The first rank of a host compiles in any case, so it need not wait for what the others' graphs are.
+                if world.local_rank == 0 and has_room_twice(rank.program):
+                    single.begin(stack)
+                return rank, single, GRAPHS["mixed"](rank.program, config)
 
-        rank, compiler, mixed = world.together("export", prepare)
-        found = count_collectives(mixed)
-        world.say(f"build: exported a graph of {found['all_reduce']} all-reduces, {time.perf_counter() - started:.1f} "
-                  "s; compiling …")
-        constants = [buffer.tolist() for buffer in rank.program.buffers()]
-        # Code is made for a kind of GPU; which one of a host's it runs on is said when it is loaded.
-        key = digest(re.sub(r"cuda:\d+", "cuda", f"{mixed}\n{constants}").encode())
-        leader = world.allgather((world.host, key)).index((world.host, key))
+            rank, single, mixed = world.together("export", prepare)
+            found = count_collectives(mixed)
+            world.say(f"build: exported a graph of {found['all_reduce']} all-reduces, "
+                      f"{time.perf_counter() - started:.1f} s; compiling …")
+            constants = [buffer.tolist() for buffer in rank.program.buffers()]
+            # Code is made for a kind of GPU; which one of a host's it runs on is said when it is loaded.
+            key = digest(re.sub(r"cuda:\d+", "cuda", f"{mixed}\n{constants}").encode())
+            leader = world.allgather((world.host, key)).index((world.host, key))
 
-        def compile_graphs() -> None:
-            if leader == world.rank:
-                device = rank.program.device
-                single = "decode" if device.type == "cpu" else "one"
-                work = (single, config, mapping, model_file, device, compiler)
-                if device.type == "cuda" and has_room_twice(rank.program):
-                    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as beside:
-                        other = beside.submit(make_package, *work)
-                        members = {"mixed.pt2": compile_package(mixed, compiler), f"{single}.pt2": other.result()}
-                else:
-                    members = {"mixed.pt2": compile_package(mixed, compiler), f"{single}.pt2": make_package(*work)}
-                members[ISA] = " ".join(sorted(features(device))).encode()
-                write_rank_engine(out, config, mapping, rank.fingerprint, found, members | rank.members)
+            def compile_graphs() -> None:
+                if leader == world.rank:
+                    members = {"mixed.pt2": compile_package(mixed, single.compiler),
+                               f"{single.name}.pt2": single.made(),
+                               ISA: " ".join(sorted(features(single.device))).encode()}
+                    write_rank_engine(out, config, mapping, rank.fingerprint, found, members | rank.members)
 
-        def copy_compiled() -> None:
-            if leader != world.rank:
-                _, members = read_engine(out, config, Mapping(mapping.tp_size, leader))
-                write_rank_engine(out, config, mapping, rank.fingerprint, found, members)
+            def copy_compiled() -> None:
+                if leader != world.rank:
+                    _, members = read_engine(out, config, Mapping(mapping.tp_size, leader))
+                    write_rank_engine(out, config, mapping, rank.fingerprint, found, members)
 
-        world.together("compile", compile_graphs)
-        world.together("compile", copy_compiled)
+            world.together("compile", compile_graphs)
+            world.together("compile", copy_compiled)
 
     def load(self, directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
              world: World) -> Engine:
@@ -127,9 +125,28 @@ GRAPHS: dict[str, Callable[[StepProgram, EngineConfig], Graph]] = {
 }
 
 
+class Single:
+    """The graph for steps of one sequence, exported and compiled here, or in another process meanwhile."""
+
+    def __init__(self, config: EngineConfig, mapping: Mapping, model_file: Path | None, device: torch.device,
+                 compiler: str) -> None:
+        self.name = "decode" if device.type == "cpu" else "one"
+        self.device, self.compiler = device, compiler
+        self._work = (self.name, config, mapping, model_file, device, compiler, torch.get_num_threads())
+        self._aside: Aside[bytes] | None = None
+
+    def begin(self, stack: contextlib.ExitStack) -> None:
+        """Start the other process, which ends with `stack`."""
+        self._aside = stack.enter_context(Aside(make_package, *self._work))
+
+    def made(self) -> bytes:
+        return self._aside.result() if self._aside else make_package(*self._work)
+
+
 def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: Path | None, device: torch.device,
-                 compiler: str) -> bytes:
-    """One of the graphs exported and compiled from scratch, as another process does it."""
+                 compiler: str, threads: int) -> bytes:
+    """One of the graphs exported and compiled."""
+    torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = find_model(config.model.architecture, model_file)(config.model)
@@ -137,14 +154,11 @@ def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: 
 
 
 def has_room_twice(program: StepProgram) -> bool:
-    """Whether the GPU has room for another process's weights too, which is enough of them for export."""
+    """Whether there is room for another process: a second core, and on GPUs for its weights, which export needs."""
+    if program.device.type == "cpu":
+        return len(os.sched_getaffinity(0)) > 1
     weights = sum(parameter.nbytes for parameter in program.parameters())
     return bool(torch.cuda.mem_get_info(program.device)[0] > weights + SPARE)
-
-
-def end_with_parent() -> None:
-    """Let the kernel end this process when the rank that started it is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def features(device: torch.device) -> set[str]:
