@@ -40,7 +40,8 @@ PARTS = {
 }
 STANDING = {"gpus": "tpllm.engine.torch.", "kernels": "tpllm.engine.torch."}  # on other parts only verbs do
 # Where weights are described, written and multiplied with, the core asks this part whether they are quantized.
-HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine.torch.program", "engine.torch.fused")}
+HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine.torch.program", "engine.torch.fused",
+                          "engine.tensorrt.backend", "engine.tensorrt.lowering")}
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [

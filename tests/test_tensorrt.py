@@ -16,6 +16,7 @@ import pytest
 import tensorrt_stub
 import torch
 from built import random_ids
+from dequantized import dequantized_reference
 from makers import LLAMA31_GQA, make_meta_dir
 from reference import Reference
 from tensorrt_stub import genuine
@@ -205,6 +206,36 @@ def test_a_refused_layer_is_named(made: Made, tmp_path: Path, monkeypatch: pytes
 
 
 @NEEDS_BINDINGS
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_of_zeros_have_scales_that_tensorrt_takes(precision: str, made: Made, tmp_path: Path) -> None:
+    """Rows of the first layer's inner matrix, the whole of the second's; the answers are the reference's."""
+    meta = shutil.copytree(made.meta, tmp_path / "meta")
+    (source,) = meta.glob("consolidated.*.pth")
+    weights = torch.load(source)
+    weights["layers.0.feed_forward.w1.weight"][::3] = 0
+    weights["layers.1.feed_forward.w2.weight"].zero_()
+    torch.save(weights, source)
+    assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(tmp_path / "checkpoint"),
+                 "--use-weight-only", "--weight-only-precision", precision]) == 0
+    assert main(["build", "--checkpoint-dir", str(tmp_path / "checkpoint"), "--output-dir", str(tmp_path / "engine"),
+                 "--backend", "tensorrt", "--max-batch-size", "1", "--max-seq-len", str(MAX_SEQ)]) == 0
+    engine = ModelRunner.from_dir(tmp_path / "engine", world=World()).engine
+    logits = engine.step(StepInput(*(np.array(a, np.int32) for a in ([3, 1, 2], [0, 3], [0], [3], [0, 1, 2]))))
+    assert_close(logits, dequantized_reference(meta, tmp_path / "checkpoint", 1).logits([3, 1, 2]))
+
+
+@NEEDS_BINDINGS
+def test_an_odd_number_of_int4_is_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_meta_dir(tmp_path / "meta", replace(LLAMA31_GQA, ffn_hidden=65))
+    assert main(["convert", "--meta-ckpt-dir", str(tmp_path / "meta"), "--output-dir", str(tmp_path / "checkpoint"),
+                 "--use-weight-only", "--weight-only-precision", "int4"]) == 0
+    assert main(["build", "--checkpoint-dir", str(tmp_path / "checkpoint"), "--output-dir", str(tmp_path / "out"),
+                 "--backend", "tensorrt"]) == 2
+    assert "transformer.layers.0.mlp.proj has 65 columns on a rank" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+@NEEDS_BINDINGS
 def test_a_switch_that_has_no_such_position(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TPLLM_TENSORRT_ATTENTION", "flash")
@@ -239,12 +270,14 @@ def test_an_engine_needs_no_checkpoint(copy: Made) -> None:
 
 
 @NEEDS_BINDINGS
-def test_random_weights_to_measure_with(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", [None, "W8A16", "W4A16"])
+def test_random_weights_to_measure_with(algo: str | None, made: Made, tmp_path: Path) -> None:
     """The same at every build, with logits that say something."""
     from tpllm.engine import build_engines
 
     def logits(name: str) -> torch.Tensor:
-        config = build_engines(replace(made.config, checkpoint_dir=""), tmp_path / name, None, World())
+        config = replace(made.config, checkpoint_dir="", model=replace(made.config.model, quant_algo=algo))
+        config = build_engines(config, tmp_path / name, None, World())
         engine = find_backend("tensorrt").load(tmp_path / name, config, Mapping(1), None, World())
         return engine.step(StepInput(*(np.array(a, np.int32) for a in ([3, 1, 2], [0, 3], [0], [3], [2]))))
 

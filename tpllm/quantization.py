@@ -93,3 +93,33 @@ def quantize_int4(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tenso
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
     # Nibbles do not overlap, so that their sum is their union; the highest one's sign bit is meant to overflow.
     values.copy_((nibbles << shifts).sum(-2, dtype=torch.int32).view(values.shape))
+
+
+def int4_pairs(words: torch.Tensor, columns: int) -> torch.Tensor:
+    """W4A16's words in two's complement and in order of columns, two a byte, the first in its low half.
+
+    `[out, groups * 16]` int32 to `[out, columns / 2]` uint8.
+    """
+    import torch
+
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
+    numbers = ((words.view(len(words), -1, 1, WORDS) >> shifts) & 15) ^ 8  # 8 was zero
+    nibbles = numbers.to(torch.uint8).view(len(words), -1)[:, :columns]
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def randomize(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A rank's tensor filled in place, so that its numbers, or those that it is part of, are as large as a model's."""
+    import torch
+
+    if not tensor.is_floating_point():
+        tensor.view(torch.int8).random_(-127, 128)
+    elif name.endswith(SCALES["W8A16"]):
+        tensor.fill_(0.02 / 73)
+    elif name.endswith(SCALES["W4A16"]):
+        tensor.fill_(0.02 / 4.6)
+    elif tensor.dim() > 1:
+        tensor.normal_(std=0.02)
+    else:
+        tensor.fill_(1.0)
+    return tensor

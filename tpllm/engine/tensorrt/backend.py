@@ -28,7 +28,7 @@ from tpllm.errors import MismatchError, PreflightError, UsageError
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 from tpllm.models.base import Model
-from tpllm.sharding import local_shape
+from tpllm.quantization import randomize
 
 # Before, all-reduces of a network that also has attention did nothing, and said so only at load.
 LEAST = (11, 2)
@@ -84,9 +84,6 @@ class TensorrtBackend(Backend):
         return "cuda"
 
     def settle(self, config: EngineConfig, world: World) -> EngineConfig:
-        if config.model.quant_algo:
-            raise UsageError(f"backend tensorrt does not take weights that are quantized ({config.model.quant_algo}); "
-                             "type --backend inductor, or convert without --use-weight-only")
         config = super().settle(config, world)
         found = world.together("build", lambda: found_here(world))
         return replace(config, versions=config.versions | world.broadcast(found), weights_in_engine=True)
@@ -144,7 +141,5 @@ class TensorrtBackend(Backend):
 def random_weights(model: Model, mapping: Mapping) -> dict[str, torch.Tensor]:
     """To measure without a checkpoint; the same at every build."""
     torch.manual_seed(mapping.rank)
-    dtype = getattr(torch, model.config.dtype)
-    shapes = {name: local_shape(weight, model.config, mapping) for name, weight, _ in model.rank_weights(mapping)}
-    return {name: torch.randn(shape).mul(0.02).to(dtype) if len(shape) > 1 else torch.ones(shape, dtype=dtype)
-            for name, shape in shapes.items()}
+    return {name: randomize(name, torch.empty(shape, dtype=getattr(torch, dtype)))
+            for name, (dtype, shape) in model.rank_tensors(mapping).items()}

@@ -14,7 +14,7 @@ from tpllm.engine.torch.merge import Survey, merged_name, survey
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 from tpllm.models.rope import inverse_frequencies
-from tpllm.quantization import SCALES, scale_name
+from tpllm.quantization import SCALES, randomize, scale_name
 from tpllm.sharding import Axis, axis_slice
 
 # Values that are no weights; a compiler may write small ones into its code, so they count as part of the graph.
@@ -83,8 +83,7 @@ class StepProgram(nn.Module):
         torch.manual_seed(self.mapping.rank)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if not quantized.randomize(name, parameter):
-                    parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+                randomize(name, parameter)
 
     def forward(self, tokens: Tensor, query_start: Tensor, start: Tensor, length: Tensor, rows: Tensor,
                 cache: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpllm.engine.torch.collectives import library
-from tpllm.quantization import GROUP, SCALES, WORDS
+from tpllm.quantization import GROUP, WORDS
 
 library.define("linear_quantized(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 library.define("gemv_quantized(Tensor x, Tensor weight, Tensor scale, Tensor? norm, float epsilon, Tensor? residual, "
@@ -74,16 +74,3 @@ def unpacked(weight: Tensor, scale: Tensor) -> Tensor:
     """Int4 words as numbers `[out, groups, 8, 16]`, in the order of columns."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)[:, None]
     return ((weight.view(*scale.shape, 1, WORDS) >> shifts) & 15).float() - 8
-
-
-def randomize(name: str, parameter: Tensor) -> bool:
-    """Fill a part of a quantized weight so that its numbers are as large as other random weights; False: it is none."""
-    if not parameter.is_floating_point():
-        parameter.view(torch.int8).random_(-127, 128)
-    elif name.endswith(SCALES["W8A16"]):
-        parameter.fill_(0.02 / 73)
-    elif name.endswith(SCALES["W4A16"]):
-        parameter.fill_(0.02 / 4.6)
-    else:
-        return False
-    return True
