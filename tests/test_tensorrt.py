@@ -114,6 +114,26 @@ def test_copied_rows_are_read_before_any_is_written(made: Made) -> None:
     assert_close(logits[8:], made.reference.logits(a)[5:6])
 
 
+@NEEDS_BINDINGS
+def test_inspect_shows_layers_where_tensorrt_is_not(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the engine inspector said when the engine was built."""
+    assert not loaded(f"from tpllm.cli import main\nassert main(['inspect', {str(made.engine)!r}]) == 0") & {
+        "torch", "tensorrt", "tensorrt_bindings"}
+    assert main(["inspect", str(made.engine)]) == 0
+    printed = capsys.readouterr().out
+    assert "    transformer.layers.1.mlp.fc/matmul  IMatrixMultiplyLayer\n" in printed
+    assert "layers by TensorRT's engine inspector, 0 of them named for collectives" in printed
+
+
+@NEEDS_BINDINGS
+def test_a_plan_that_cannot_be_read_back_is_no_engine(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tensorrt_stub.runtime.read_plan", lambda data: None)
+    assert main(made.build_command(tmp_path / "out")) == 20
+    assert "TensorRT refused the plan of " in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 # Refusals
 
 

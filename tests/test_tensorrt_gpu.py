@@ -13,6 +13,7 @@ from makers import LLAMA31_GQA, Shape, make_meta_dir, random_ids
 from reference import Reference
 
 from tpllm.cli import main
+from tpllm.cli.inspect import COLLECTIVE, engine_facts
 
 HEAD128 = Shape(dim=512, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=161, rope_theta=500000.0)
 # of ‖found - expected‖ / ‖expected‖
@@ -53,3 +54,6 @@ def test_logits(ranks: int, shape: Shape, dtype: str, attention: str, tmp_path: 
     for ids, logits in zip(random_ids(shape.vocab_size, *LENGTHS, seed=2), found["logits"], strict=True):
         expected = reference.logits(ids)
         assert float((logits - expected).norm() / expected.norm()) < TOLERANCE[dtype]
+    for rank in engine_facts(tmp_path / "engine")["ranks"]:
+        named = [layer for layer in rank["layers"] if COLLECTIVE.search(f"{layer['name']} {layer['type']}")]
+        assert rank["layers"] and bool(named) == (ranks > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from reference import Reference
 from tensorrt_stub import genuine
 
 from tpllm.cli import main
+from tpllm.cli.inspect import engine_facts, lines
 
 pytestmark = pytest.mark.skipif(genuine.lacking() is not None, reason=str(genuine.lacking()))
 MAX_BATCH, MAX_SEQ, MAX_INPUT = 5, 44, 30
@@ -175,6 +177,23 @@ def test_collectives_are_in_the_network(get_runs: Callable[[Part], Runs], part: 
         assert rank["kinds"].get("IAttention", 0) == (layers if case.attention == "fused" else 0)
         assert rank["tf32"] is False
         assert rank["made_for"].keys() == {"tensorrt", "gpu"} | ({"nccl"} if several else set())
+
+
+@each_case()
+def test_inspect_shows_the_plan(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
+    """Its layers, and as many collectives as the network was given."""
+    runs = get_runs(part)
+    facts = engine_facts(runs.directory / case.name / "engine")
+    for found, rank in zip(runs.found(case)["ranks"], facts["ranks"], strict=True):
+        assert Counter(layer["type"] for layer in rank["layers"]) == found["kinds"]
+        collectives = [layer["name"] for layer in rank["layers"] if layer["type"] == "IDistCollectiveLayer"]
+        assert collectives == found["collectives"] and len(collectives) == sum(rank["collectives"].values())
+    counts = facts["ranks"][0]["collectives"]
+    text = lines(facts)
+    assert text.count(f"  collectives in its graph: all_reduce {counts['all_reduce']}, all_gather "
+                      f"{counts['all_gather']}") == runs.ranks
+    assert any(line.endswith(f"engine inspector, {sum(counts.values())} of them named for collectives")
+               for line in text)
 
 
 @pytest.mark.parametrize("part", SHORT, ids=lambda part: str(part.ranks))

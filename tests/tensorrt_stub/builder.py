@@ -166,6 +166,7 @@ def serialize(network: Network, config: BuilderConfig) -> bytes:
     aliases = {layer._output.name: layer._in(0).name for layer in network._layers
                if layer._owner == "IKVCacheUpdateLayer"}
     plan = {"tf32": trt.BuilderFlag.TF32 in config._flags,
+            "verbosity": config._values.get("profiling_verbosity", trt.ProfilingVerbosity.LAYER_NAMES_ONLY),
             "version": trt.__version__, "layers": layers, "aliases": aliases,
             "profiles": [profile._shapes for profile in config._profiles],
             "inputs": {t.name: (t._number, t._dtype, t._dims) for t in network._inputs},

@@ -14,6 +14,7 @@ from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.devices import assign
 from tpllm.distributed import World
 from tpllm.engine.base import (
+    LAYERS,
     RANDOM,
     Backend,
     Engine,
@@ -114,7 +115,7 @@ class TensorrtBackend(Backend):
         meta = RankEngine(mapping.rank, mapping.tp_size, config.build.backend, config.digest(), fingerprint,
                           plan.collectives)
         world.together("write", lambda: write_engine(out / engine_file(mapping.rank), meta, {
-            MADE_FOR: json.dumps(found).encode(), PLAN: plan.data}))
+            MADE_FOR: json.dumps(found).encode(), LAYERS: plan.layers.encode(), PLAN: plan.data}))
 
     def load(self, directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
              world: World) -> Engine:

@@ -45,6 +45,15 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         except TypeError:
             raise self.refusal(f"to start its {kind.__name__}") from None
 
+    def deserialize(self, plan: bytes | memoryview, remedy: str = "") -> Any:
+        """A plan's engine, which keeps its runtime; where it is refused, the error ends with `remedy`."""
+        runtime = self.start(trt.Runtime)
+        runtime.error_recorder = ErrorRecorder(self)
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self.refusal(f"the plan of {len(plan)} bytes{remedy}")
+        return engine
+
 
 class ErrorRecorder(trt.IErrorRecorder):  # type: ignore[misc]
     """Hands errors to the logger's list: with a recorder set, TensorRT may not log them."""
