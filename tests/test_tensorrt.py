@@ -115,6 +115,45 @@ def test_copied_rows_are_read_before_any_is_written(made: Made) -> None:
 
 
 @NEEDS_BINDINGS
+def test_decode_of_each_run_of_slots_is_captured_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference's logits each time, for slots between too; prefill and what exceeds the limit are not."""
+    from tensorrt_stub.runtime import CAPTURES
+
+    monkeypatch.setenv("TPLLM_TENSORRT_CUDA_GRAPHS", "1")
+    monkeypatch.setattr(f"{OURS}.runtime.MAX_GRAPHS", 3)
+    CAPTURES.clear()
+    monkeypatch.setattr(made, "runner", load(made))
+    sequences = dict(zip((3, 1, 0), random_ids(made, 30, 30, 30), strict=True))  # type: ignore[arg-type]
+    cached = dict.fromkeys(sequences, 10)
+    made.step([t for ids in sequences.values() for t in ids[:10]], [0, 10, 20, 30], [3, 1, 0], [10] * 3, [])
+    assert not CAPTURES
+
+    captures = []
+    for slots in ([3, 1], [1], [3], [1, 3], [1], [3, 1], [0], [0], [3]):
+        for slot in slots:
+            cached[slot] += 1
+        logits = made.step([sequences[slot][cached[slot] - 1] for slot in slots], range(len(slots) + 1), slots,
+                           [cached[slot] for slot in slots], range(len(slots)))
+        captures.append(len(CAPTURES))
+        for slot, row in zip(slots, logits, strict=True):
+            assert_close(row, made.reference.logits(sequences[slot])[cached[slot] - 1])
+    assert captures == [1, 2, 3, 3, 3, 3, 3, 3, 3]
+
+
+@NEEDS_BINDINGS
+def test_without_the_setting_there_are_no_graphs(made: Made, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorrt_stub.runtime import CAPTURES
+
+    CAPTURES.clear()
+    runner = load(made)
+    assert runner.generate([[1, 2]], SamplingParams(max_output_len=4)) and not CAPTURES
+    assert len(runner.engine._engine._contexts) == 2  # type: ignore[attr-defined]
+    monkeypatch.setenv("TPLLM_TENSORRT_CUDA_GRAPHS", "yes")
+    assert "TPLLM_TENSORRT_CUDA_GRAPHS is 'yes'; it can be 0 or 1" in refusal(2, lambda: load(made))
+
+
+@NEEDS_BINDINGS
 def test_inspect_shows_layers_where_tensorrt_is_not(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     """What the engine inspector said when the engine was built."""
     assert not loaded(f"from tpllm.cli import main\nassert main(['inspect', {str(made.engine)!r}]) == 0") & {

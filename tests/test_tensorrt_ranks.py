@@ -36,10 +36,11 @@ class Case:
     convert: tuple[str, ...] = ()
     attention: str = "fused"
     quantized: str = ""
+    graphs: bool = False
 
     @property
     def name(self) -> str:
-        return "-".join([self.shape, self.dtype, self.attention, self.quantized or "whole",
+        return "-".join([self.shape, self.dtype, self.attention, self.quantized or "whole", *["graphs"] * self.graphs,
                          *(o.strip("-") for o in self.convert)])
 
     @property
@@ -52,7 +53,7 @@ CASES = [
     Case("odd_vocab"), Case("odd_vocab", convert=HIDDEN[:1]), Case("odd_vocab", convert=HIDDEN), Case("qkv_bias"),
     Case("llama31_gqa", "bfloat16"), Case("llama2_mha", "float16", attention="primitive"),
     Case("groups", quantized="int8"), Case("groups", quantized="int4"), Case("groups", "bfloat16", quantized="int8"),
-    Case("groups", "float16", quantized="int4"),
+    Case("groups", "float16", quantized="int4"), Case("tied", graphs=True),
 ]  # fmt: skip
 
 
@@ -64,7 +65,7 @@ class Part:
     cases: tuple[Case, ...]
 
 
-SHORT = [Part(1, (CASES[0], *CASES[9:13])), Part(2, (CASES[2], *CASES[5:9], *CASES[10:12], CASES[13])),
+SHORT = [Part(1, (CASES[0], *CASES[9:13])), Part(2, (CASES[2], *CASES[5:9], *CASES[10:12], *CASES[13:15])),
          Part(4, (CASES[1], CASES[5], CASES[8], *CASES[10:12]))]
 FULL = [Part(part.ranks, tuple(case for case in CASES if case not in part.cases)) for part in SHORT]
 
@@ -99,6 +100,7 @@ class Runs:
                  "--max-input-len", str(MAX_INPUT), *model]
         return [{"tpllm": build, "env": {"TPLLM_TENSORRT_ATTENTION": case.attention}},
                 {"engine": str(work / "engine"), "out": str(work / "found.pt"),
+                 "env": {"TPLLM_TENSORRT_CUDA_GRAPHS": str(int(case.graphs))},
                  "sequences": random_ids(shape.vocab_size, 44, 9, 23, 2, 31, seed=2),
                  "prompts": random_ids(shape.vocab_size, 3, 30, 1, 12, 7, 20, 5, seed=2)}]
 
@@ -176,6 +178,8 @@ def test_collectives_are_in_the_network(get_runs: Callable[[Part], Runs], part: 
         assert rank["kinds"].get("IDequantizeLayer", 0) == 5 * layers * bool(case.quantized)
         assert rank["kinds"].get("IAttention", 0) == (layers if case.attention == "fused" else 0)
         assert rank["tf32"] is False
+        # Of five slots there are fifteen runs.
+        assert 5 < rank["captures"] == ranks[0]["captures"] <= 15 if case.graphs else rank["captures"] == 0
         assert rank["made_for"].keys() == {"tensorrt", "gpu"} | ({"nccl"} if several else set())
 
 

@@ -30,6 +30,7 @@ from tpllm.mapping import Mapping
 from tpllm.models import find_model
 from tpllm.models.base import Model
 from tpllm.quantization import randomize
+from tpllm.settings import choice
 
 # Before, all-reduces of a network that also has attention did nothing, and said so only at load.
 LEAST = (11, 2)
@@ -129,13 +130,15 @@ class TensorrtBackend(Backend):
                                         f"{world.host} has {found[key]}; build it again here: {build_command(config)}")
             return members[PLAN]
 
+        # Rank 0's word counts: a graph's context is opened by all ranks or by none.
+        graphs = world.broadcast(world.together("load", lambda: choice("TPLLM_TENSORRT_CUDA_GRAPHS", "0", "1")))
         plan = world.together("load", read)
         from tpllm.engine.tensorrt.runtime import TensorrtEngine, connect, take_gpu
 
         gpu = take_gpu(world)
         engine = world.together("load", lambda: TensorrtEngine(config, plan, gpu, world))
         communicator = connect(world) if world.size > 1 else None
-        world.together("connect", lambda: engine.open(communicator))
+        world.together("connect", lambda: engine.open(communicator, graphs == "1"))
         return engine
 
 
