@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -245,6 +246,28 @@ def test_cuda_does_not_work(made: Made, trt: ModuleType, tmp_path: Path, monkeyp
     assert "TensorRT refused to start its Builder: it gave no reason" in capsys.readouterr().err
     monkeypatch.setattr(trt, "Runtime", tensorrt_bindings.Runtime)
     assert "TensorRT refused to start its Runtime" in refusal(20, lambda: load(made))
+
+
+@NEEDS_BINDINGS
+def test_a_runtime_that_starts_with_an_error_is_not_used(made: Made, trt: ModuleType,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT's lean runtime does without a GPU; it may not even be deleted."""
+    deleted = []
+
+    class Runtime(trt.Runtime, owner="Runtime"):  # type: ignore[name-defined,misc]
+        def __init__(self, logger: Any) -> None:
+            super().__init__(logger)
+            logger.log(trt.ILogger.Severity.ERROR, "createInferRuntime: Error Code 6: API Usage Error (CUDA "
+                                                   "initialization failure with error: 35)")
+
+        def __del__(self) -> None:
+            deleted.append(self)
+
+    monkeypatch.setattr(trt, "Runtime", Runtime)
+    assert refusal(20, lambda: load(made)) == (
+        "TensorRT refused to start its Runtime: CUDA initialization failure with error: 35")
+    gc.collect()
+    assert not deleted
 
 
 @NEEDS_BINDINGS
