@@ -41,7 +41,7 @@ PARTS = {
 STANDING = {"gpus": "tpllm.engine.torch.", "kernels": "tpllm.engine.torch."}  # on other parts only verbs do
 # Where weights are described, written and multiplied with, the core asks this part whether they are quantized.
 HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine.random_weights",
-                          "engine.torch.program", "engine.torch.fused")}  # fmt: skip
+                          "engine.torch.program", "engine.torch.fused", "engine.tensorrt.lowering")}  # fmt: skip
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [

@@ -243,9 +243,6 @@ def test_what_cannot_be_is_refused_before_anything_is_made(meta: Path, tmp_path:
         assert main(["convert", "--checkpoint-dir", str(tmp_path / "c"), "--output-dir", str(tmp_path / "d"),
                      *options]) == 12  # fmt: skip
         assert "W8A16" in (message := capsys.readouterr().err) and "convert the original weights" in message
-    assert main(["build", "--checkpoint-dir", str(tmp_path / "c"), "--output-dir", str(tmp_path / "e"), "--backend",
-                 "tensorrt"]) == 2  # fmt: skip
-    assert "backend tensorrt does not take weights that are quantized (W8A16)" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ import pytest
 import tensorrt_stub
 import torch
 from built import random_ids
+from dequantized import dequantized_reference
 from makers import LLAMA31_GQA, make_meta_dir
 from reference import Reference
 from tensorrt_stub import genuine
@@ -113,6 +115,65 @@ def test_copied_rows_are_read_before_any_is_written(made: Made) -> None:
     assert_close(logits[8:], made.reference.logits(a)[5:6])
 
 
+@NEEDS_BINDINGS
+def test_decode_of_each_run_of_slots_is_captured_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference's logits each time, for slots between too; prefill and what exceeds the limit are not."""
+    from tensorrt_stub.runtime import CAPTURES
+
+    monkeypatch.setenv("TPLLM_TENSORRT_CUDA_GRAPHS", "1")
+    monkeypatch.setattr(f"{OURS}.runtime.MAX_GRAPHS", 3)
+    CAPTURES.clear()
+    monkeypatch.setattr(made, "runner", load(made))
+    sequences = dict(zip((3, 1, 0), random_ids(made, 30, 30, 30), strict=True))  # type: ignore[arg-type]
+    cached = dict.fromkeys(sequences, 10)
+    made.step([t for ids in sequences.values() for t in ids[:10]], [0, 10, 20, 30], [3, 1, 0], [10] * 3, [])
+    assert not CAPTURES
+
+    captures = []
+    for slots in ([3, 1], [1], [3], [1, 3], [1], [3, 1], [0], [0], [3]):
+        for slot in slots:
+            cached[slot] += 1
+        logits = made.step([sequences[slot][cached[slot] - 1] for slot in slots], range(len(slots) + 1), slots,
+                           [cached[slot] for slot in slots], range(len(slots)))
+        captures.append(len(CAPTURES))
+        for slot, row in zip(slots, logits, strict=True):
+            assert_close(row, made.reference.logits(sequences[slot])[cached[slot] - 1])
+    assert captures == [1, 2, 3, 3, 3, 3, 3, 3, 3]
+
+
+@NEEDS_BINDINGS
+def test_without_the_setting_there_are_no_graphs(made: Made, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorrt_stub.runtime import CAPTURES
+
+    CAPTURES.clear()
+    runner = load(made)
+    assert runner.generate([[1, 2]], SamplingParams(max_output_len=4)) and not CAPTURES
+    assert len(runner.engine._engine._contexts) == 2  # type: ignore[attr-defined]
+    monkeypatch.setenv("TPLLM_TENSORRT_CUDA_GRAPHS", "yes")
+    assert "TPLLM_TENSORRT_CUDA_GRAPHS is 'yes'; it can be 0 or 1" in refusal(2, lambda: load(made))
+
+
+@NEEDS_BINDINGS
+def test_inspect_shows_layers_where_tensorrt_is_not(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the engine inspector said when the engine was built."""
+    assert not loaded(f"from tpllm.cli import main\nassert main(['inspect', {str(made.engine)!r}]) == 0") & {
+        "torch", "tensorrt", "tensorrt_bindings"}
+    assert main(["inspect", str(made.engine)]) == 0
+    printed = capsys.readouterr().out
+    assert "    transformer.layers.1.mlp.fc/matmul  IMatrixMultiplyLayer\n" in printed
+    assert "layers by TensorRT's engine inspector, 0 of them named for collectives" in printed
+
+
+@NEEDS_BINDINGS
+def test_a_plan_that_cannot_be_read_back_is_no_engine(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tensorrt_stub.runtime.read_plan", lambda data: None)
+    assert main(made.build_command(tmp_path / "out")) == 20
+    assert "TensorRT refused the plan of " in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 # Refusals
 
 
@@ -188,6 +249,28 @@ def test_cuda_does_not_work(made: Made, trt: ModuleType, tmp_path: Path, monkeyp
 
 
 @NEEDS_BINDINGS
+def test_a_runtime_that_starts_with_an_error_is_not_used(made: Made, trt: ModuleType,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT's lean runtime does without a GPU; it may not even be deleted."""
+    deleted = []
+
+    class Runtime(trt.Runtime, owner="Runtime"):  # type: ignore[name-defined,misc]
+        def __init__(self, logger: Any) -> None:
+            super().__init__(logger)
+            logger.log(trt.ILogger.Severity.ERROR, "createInferRuntime: Error Code 6: API Usage Error (CUDA "
+                                                   "initialization failure with error: 35)")
+
+        def __del__(self) -> None:
+            deleted.append(self)
+
+    monkeypatch.setattr(trt, "Runtime", Runtime)
+    assert refusal(20, lambda: load(made)) == (
+        "TensorRT refused to start its Runtime: CUDA initialization failure with error: 35")
+    gc.collect()
+    assert not deleted
+
+
+@NEEDS_BINDINGS
 def test_a_refused_layer_is_named(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     from tpllm.checkpoint.rank import RankCheckpoint
@@ -202,6 +285,36 @@ def test_a_refused_layer_is_named(made: Made, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(RankCheckpoint, "load", wrong)
     assert main(made.build_command(tmp_path / "out")) == 20
     assert "TensorRT refused layer transformer.layers.1.mlp.fc/matmul: IMatrixMultiply" in capsys.readouterr().err
+
+
+@NEEDS_BINDINGS
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_of_zeros_have_scales_that_tensorrt_takes(precision: str, made: Made, tmp_path: Path) -> None:
+    """Rows of the first layer's inner matrix, the whole of the second's; the answers are the reference's."""
+    meta = shutil.copytree(made.meta, tmp_path / "meta")
+    (source,) = meta.glob("consolidated.*.pth")
+    weights = torch.load(source)
+    weights["layers.0.feed_forward.w1.weight"][::3] = 0
+    weights["layers.1.feed_forward.w2.weight"].zero_()
+    torch.save(weights, source)
+    assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(tmp_path / "checkpoint"),
+                 "--use-weight-only", "--weight-only-precision", precision]) == 0
+    assert main(["build", "--checkpoint-dir", str(tmp_path / "checkpoint"), "--output-dir", str(tmp_path / "engine"),
+                 "--backend", "tensorrt", "--max-batch-size", "1", "--max-seq-len", str(MAX_SEQ)]) == 0
+    engine = ModelRunner.from_dir(tmp_path / "engine", world=World()).engine
+    logits = engine.step(StepInput(*(np.array(a, np.int32) for a in ([3, 1, 2], [0, 3], [0], [3], [0, 1, 2]))))
+    assert_close(logits, dequantized_reference(meta, tmp_path / "checkpoint", 1).logits([3, 1, 2]))
+
+
+@NEEDS_BINDINGS
+def test_an_odd_number_of_int4_is_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_meta_dir(tmp_path / "meta", replace(LLAMA31_GQA, ffn_hidden=65))
+    assert main(["convert", "--meta-ckpt-dir", str(tmp_path / "meta"), "--output-dir", str(tmp_path / "checkpoint"),
+                 "--use-weight-only", "--weight-only-precision", "int4"]) == 0
+    assert main(["build", "--checkpoint-dir", str(tmp_path / "checkpoint"), "--output-dir", str(tmp_path / "out"),
+                 "--backend", "tensorrt"]) == 2
+    assert "transformer.layers.0.mlp.proj has 65 columns on a rank" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
 
 
 @NEEDS_BINDINGS
@@ -239,12 +352,14 @@ def test_an_engine_needs_no_checkpoint(copy: Made) -> None:
 
 
 @NEEDS_BINDINGS
-def test_random_weights_to_measure_with(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", [None, "W8A16", "W4A16"])
+def test_random_weights_to_measure_with(algo: str | None, made: Made, tmp_path: Path) -> None:
     """The same at every build, with logits that say something."""
     from tpllm.engine import build_engines
 
     def logits(name: str) -> torch.Tensor:
-        config = build_engines(replace(made.config, checkpoint_dir=""), tmp_path / name, None, World())
+        config = replace(made.config, checkpoint_dir="", model=replace(made.config.model, quant_algo=algo))
+        config = build_engines(config, tmp_path / name, None, World())
         engine = find_backend("tensorrt").load(tmp_path / name, config, Mapping(1), None, World())
         return engine.step(StepInput(*(np.array(a, np.int32) for a in ([3, 1, 2], [0, 3], [0], [3], [2]))))
 

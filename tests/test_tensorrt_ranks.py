@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,14 +13,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import HERE, mpirun
-from makers import NAMED_SHAPES, make_meta_dir, random_ids
+from dequantized import dequantized_reference
+from makers import NAMED_SHAPES, Shape, make_meta_dir, random_ids
 from reference import Reference
 from tensorrt_stub import genuine
 
 from tpllm.cli import main
+from tpllm.cli.inspect import engine_facts, lines
 
 pytestmark = pytest.mark.skipif(genuine.lacking() is not None, reason=str(genuine.lacking()))
 MAX_BATCH, MAX_SEQ, MAX_INPUT = 5, 44, 30
+# In groups of 128 columns the inner width at tp 1, 2 and 4 is 5, 2 1/2 and 1 1/4.
+GROUPS = Shape(dim=128, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=96, ffn_hidden=640)
+SHAPES = NAMED_SHAPES | {"groups": GROUPS}
 HIDDEN = ("--use-parallel-embedding", "--embedding-sharding-dim", "1")
 
 
@@ -29,10 +35,13 @@ class Case:
     dtype: str = "float32"
     convert: tuple[str, ...] = ()
     attention: str = "fused"
+    quantized: str = ""
+    graphs: bool = False
 
     @property
     def name(self) -> str:
-        return "-".join([self.shape, self.dtype, self.attention, *(o.strip("-") for o in self.convert)])
+        return "-".join([self.shape, self.dtype, self.attention, self.quantized or "whole", *["graphs"] * self.graphs,
+                         *(o.strip("-") for o in self.convert)])
 
     @property
     def embedding(self) -> str:
@@ -43,6 +52,8 @@ CASES = [
     Case("llama2_mha"), Case("llama31_gqa"), Case("llama31_gqa", attention="primitive"), Case("tied"),
     Case("odd_vocab"), Case("odd_vocab", convert=HIDDEN[:1]), Case("odd_vocab", convert=HIDDEN), Case("qkv_bias"),
     Case("llama31_gqa", "bfloat16"), Case("llama2_mha", "float16", attention="primitive"),
+    Case("groups", quantized="int8"), Case("groups", quantized="int4"), Case("groups", "bfloat16", quantized="int8"),
+    Case("groups", "float16", quantized="int4"), Case("tied", graphs=True),
 ]  # fmt: skip
 
 
@@ -54,7 +65,8 @@ class Part:
     cases: tuple[Case, ...]
 
 
-SHORT = [Part(1, (CASES[0], CASES[9])), Part(2, (CASES[2], *CASES[5:9])), Part(4, (CASES[1], CASES[5], CASES[8]))]
+SHORT = [Part(1, (CASES[0], *CASES[9:13])), Part(2, (CASES[2], *CASES[5:9], *CASES[10:12], *CASES[13:15])),
+         Part(4, (CASES[1], CASES[5], CASES[8], *CASES[10:12]))]
 FULL = [Part(part.ranks, tuple(case for case in CASES if case not in part.cases)) for part in SHORT]
 
 
@@ -77,18 +89,26 @@ class Runs:
                {"PYTHONPATH": f"{HERE}:{HERE.parent}:{genuine.python_path()}"})
 
     def jobs(self, case: Case) -> list[dict[str, Any]]:
-        work, shape = self.directory / case.name, NAMED_SHAPES[case.shape]
-        make_meta_dir(work / "meta", shape, seed=7, dtype=getattr(torch, case.dtype))
+        work, shape = self.directory / case.name, SHAPES[case.shape]
+        make_meta_dir(work / "meta", shape, seed=8 if case.quantized else 7, dtype=getattr(torch, case.dtype))
         model = ["--model-file", str(HERE / "qwen2_model.py")] if shape.qkv_bias else []
+        quantize = ["--use-weight-only", "--weight-only-precision", case.quantized] if case.quantized else []
         assert main(["convert", "--meta-ckpt-dir", str(work / "meta"), "--output-dir", str(work / "checkpoint"),
-                     "--tp-size", str(self.ranks), *case.convert, *model]) == 0
+                     "--tp-size", str(self.ranks), *case.convert, *quantize, *model]) == 0
         build = ["build", "--checkpoint-dir", str(work / "checkpoint"), "--output-dir", str(work / "engine"),
                  "--backend", "tensorrt", "--max-batch-size", str(MAX_BATCH), "--max-seq-len", str(MAX_SEQ),
                  "--max-input-len", str(MAX_INPUT), *model]
         return [{"tpllm": build, "env": {"TPLLM_TENSORRT_ATTENTION": case.attention}},
                 {"engine": str(work / "engine"), "out": str(work / "found.pt"),
+                 "env": {"TPLLM_TENSORRT_CUDA_GRAPHS": str(int(case.graphs))},
                  "sequences": random_ids(shape.vocab_size, 44, 9, 23, 2, 31, seed=2),
                  "prompts": random_ids(shape.vocab_size, 3, 30, 1, 12, 7, 20, 5, seed=2)}]
+
+    def reference(self, case: Case) -> Reference:
+        """On what quantized weights stand for, where they are."""
+        work = self.directory / case.name
+        return (dequantized_reference(work / "meta", work / "checkpoint", self.ranks) if case.quantized
+                else Reference(work / "meta"))
 
     def found(self, case: Case) -> dict[str, Any]:
         result: dict[str, Any] = torch.load(self.directory / case.name / "found.pt")
@@ -115,8 +135,8 @@ def get_runs(tmp_path_factory: pytest.TempPathFactory, libraries: Path) -> Calla
 def test_logits_of_prefill_and_decode(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
     """Of ragged steps over slots that are not in order, at every position."""
     runs = get_runs(part)
-    reference = Reference(runs.directory / case.name / "meta")
-    sequences = random_ids(NAMED_SHAPES[case.shape].vocab_size, 44, 9, 23, 2, 31, seed=2)
+    reference = runs.reference(case)
+    sequences = random_ids(SHAPES[case.shape].vocab_size, 44, 9, 23, 2, 31, seed=2)
     for ids, logits in zip(sequences, runs.found(case)["logits"], strict=True):
         expected = reference.logits(ids)
         if case.dtype == "float32":
@@ -131,9 +151,9 @@ def test_logits_of_prefill_and_decode(get_runs: Callable[[Part], Runs], part: Pa
 def test_generated_tokens(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
     """Seven prompts through five slots, so that slots are used again."""
     runs = get_runs(part)
-    reference = Reference(runs.directory / case.name / "meta")
+    reference = runs.reference(case)
     answers = runs.found(case)["answers"]
-    for ids, tokens in zip(random_ids(NAMED_SHAPES[case.shape].vocab_size, 3, 30, 1, 12, 7, 20, 5, seed=2), answers,
+    for ids, tokens in zip(random_ids(SHAPES[case.shape].vocab_size, 3, 30, 1, 12, 7, 20, 5, seed=2), answers,
                            strict=True):
         expected = reference.greedy_with_gaps(ids, 8)
         assert min(gap for _, gap in expected) > 1e-3, "a tie: choose another seed"
@@ -144,7 +164,7 @@ def test_generated_tokens(get_runs: Callable[[Part], Runs], part: Part, case: Ca
 def test_collectives_are_in_the_network(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
     """Two all-reduces a layer, in one order on all ranks, and none on one rank."""
     runs = get_runs(part)
-    ranks, layers = runs.found(case)["ranks"], NAMED_SHAPES[case.shape].n_layers
+    ranks, layers = runs.found(case)["ranks"], SHAPES[case.shape].n_layers
     several = runs.ranks > 1
     assert len(ranks) == runs.ranks
     for rank in ranks:
@@ -155,9 +175,29 @@ def test_collectives_are_in_the_network(get_runs: Callable[[Part], Runs], part: 
         assert gathers == several * (1 + (case.embedding == "hidden"))
         assert rank["counted"] == {"all_reduce": len(reduces), "all_gather": gathers}
         assert rank["kinds"]["IKVCacheUpdateLayer"] == 2 * layers
+        assert rank["kinds"].get("IDequantizeLayer", 0) == 5 * layers * bool(case.quantized)
         assert rank["kinds"].get("IAttention", 0) == (layers if case.attention == "fused" else 0)
         assert rank["tf32"] is False
+        # Of five slots there are fifteen runs.
+        assert 5 < rank["captures"] == ranks[0]["captures"] <= 15 if case.graphs else rank["captures"] == 0
         assert rank["made_for"].keys() == {"tensorrt", "gpu"} | ({"nccl"} if several else set())
+
+
+@each_case()
+def test_inspect_shows_the_plan(get_runs: Callable[[Part], Runs], part: Part, case: Case) -> None:
+    """Its layers, and as many collectives as the network was given."""
+    runs = get_runs(part)
+    facts = engine_facts(runs.directory / case.name / "engine")
+    for found, rank in zip(runs.found(case)["ranks"], facts["ranks"], strict=True):
+        assert Counter(layer["type"] for layer in rank["layers"]) == found["kinds"]
+        collectives = [layer["name"] for layer in rank["layers"] if layer["type"] == "IDistCollectiveLayer"]
+        assert collectives == found["collectives"] and len(collectives) == sum(rank["collectives"].values())
+    counts = facts["ranks"][0]["collectives"]
+    text = lines(facts)
+    assert text.count(f"  collectives in its graph: all_reduce {counts['all_reduce']}, all_gather "
+                      f"{counts['all_gather']}") == runs.ranks
+    assert any(line.endswith(f"engine inspector, {sum(counts.values())} of them named for collectives")
+               for line in text)
 
 
 @pytest.mark.parametrize("part", SHORT, ids=lambda part: str(part.ranks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,14 @@ class Sketch:
             self.kept.append(value)
         weights = self.trt.Weights(self.trt.DataType.FLOAT, value.data_ptr(), value.numel())
         return self.network.add_constant(tuple(value.shape), weights).get_output(0)
+
+    def integers(self, shape: tuple[int, ...], dtype: str = "INT8") -> Any:
+        """Constant: 0, 1, 2, … of int8, or int4 that are 0 and 1 in turns."""
+        count = math.prod(shape)
+        value = torch.arange(count, dtype=torch.int8) if dtype == "INT8" else torch.full((count,), 16, dtype=torch.int8)
+        self.kept.append(value)
+        weights = self.trt.Weights(self.trt.DataType.__members__[dtype], value.data_ptr(), count)
+        return self.network.add_constant(shape, weights).get_output(0)
 
     def build(self) -> Any:
         profile = self.builder.create_optimization_profile()
@@ -120,6 +129,17 @@ def product(net: Sketch, a: Any, b: Any) -> Any:
     return net.network.add_elementwise(a, b, net.trt.ElementWiseOperation.PROD)
 
 
+def dequantize(net: Sketch, data: tuple[tuple[int, ...], str] = ((4, 6), "INT8"), scales: Any = None,
+               output: str = "FLOAT", axis: int | None = None) -> Any:
+    scale = net.constant(torch.ones(4) if scales is None else scales)
+    layer = net.network.add_dequantize(net.integers(*data), scale, net.trt.DataType.__members__[output])
+    if layer is not None and axis is not None:
+        layer.axis = axis
+    return layer
+
+
+BLOCKS = (4, 6), "INT4"
+
 # Each beside a form of it that is right.
 RULES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "types of operands": (lambda n: product(n, n.input((2, 2)), n.input((2, 2), "HALF")),
@@ -142,6 +162,22 @@ RULES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "sums are reduced": (lambda n: collective(n, "ALL_REDUCE", "NONE"), lambda n: collective(n, "ALL_REDUCE", "SUM")),
     "gathers are not": (lambda n: collective(n, "ALL_GATHER", "SUM"), lambda n: collective(n, "ALL_GATHER", "NONE")),
     "no root": (lambda n: collective(n, "ALL_REDUCE", "SUM", root=0), lambda n: collective(n, "ALL_REDUCE", "SUM")),
+    "scales are positive": (lambda n: dequantize(n, scales=torch.tensor([1.0, 0.0, 1.0, 1.0])), dequantize),
+    "only numbers are dequantized": (
+        lambda n: n.network.add_dequantize(n.constant(torch.ones(4)), n.constant(torch.ones(1)), n.trt.float32),
+        lambda n: n.network.add_dequantize(n.integers((4,)), n.constant(torch.ones(1)), n.trt.float32)),
+    "dequantized are floats": (lambda n: dequantize(n, output="INT32"), lambda n: dequantize(n, output="BF16")),
+    "weights to dequantize are constant": (
+        lambda n: n.network.add_dequantize(n.input((4, 6), "INT8"), n.constant(torch.ones(4)), n.trt.float32),
+        lambda n: n.network.add_dequantize(n.integers((4, 6)), n.constant(torch.ones(4)), n.trt.float32)),
+    "two int4 a byte": (lambda n: dequantize(n, ((6, 5), "INT4"), torch.ones(3, 5)),
+                        lambda n: dequantize(n, ((6, 6), "INT4"), torch.ones(3, 6))),
+    "blocks are of int4": (lambda n: dequantize(n, ((4, 6), "INT8"), torch.ones(4, 2)),
+                           lambda n: dequantize(n, BLOCKS, torch.ones(4, 2))),
+    "blocks are of one size": (lambda n: dequantize(n, BLOCKS, torch.ones(4, 4)),
+                               lambda n: dequantize(n, BLOCKS, torch.ones(4, 3))),
+    "blocks lie along one axis": (lambda n: dequantize(n, BLOCKS, torch.ones(2, 3)),
+                                  lambda n: dequantize(n, BLOCKS, torch.ones(2, 6))),
     "size of a constant": (lambda n: n.network.add_constant((3,), n.trt.Weights(n.trt.DataType.FLOAT, 0, 0)),
                            lambda n: n.constant(torch.zeros(3))),
 }
@@ -155,6 +191,46 @@ def test_rules_of_layers(trt: ModuleType, rule: str) -> None:
     assert wrong(net) is None and len(net.logger.errors) == 1
     net = Sketch(trt)
     assert right(net) is not None and not net.logger.errors
+
+
+@pytest.mark.parametrize(("data", "scales", "axis", "sentence"), [
+    (((4, 6), "INT8"), torch.ones(4), 1, "4 scales for axis 1 of (4, 6)"),
+    (((4, 6), "INT8"), torch.ones(4), None, "axis -1 of (4, 6)"), (BLOCKS, torch.ones(4, 3), 2, "axis 2 of (4, 6)")])
+def test_dequantizing_along_the_wrong_axis_or_none(net: Sketch, data: Any, scales: torch.Tensor, axis: int | None,
+                                                   sentence: str) -> None:
+    """Found when the network is built."""
+    dequantize(net, data, scales, axis=axis).name = "weights/dequantize"
+    net.input((1,))
+    assert net.build() is None and f"weights/dequantize: {sentence}" in net.logger.errors[-1]
+    right = Sketch(net.trt)
+    dequantize(right, data, scales, axis=int(data[1] == "INT4"))
+    right.input((1,))
+    assert right.build() is not None
+
+
+@pytest.mark.parametrize(("data", "scales", "axis", "expected"), [
+    (((2, 3), "INT8"), torch.tensor([1.0, 10.0]), 0, [[0, 1, 2], [30, 40, 50]]),
+    (((2, 3), "INT8"), torch.tensor([1.0, 10.0, 100.0]), 1, [[0, 10, 200], [3, 40, 500]]),
+    (((2, 4), "INT4"), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1, [[0, 1, 0, 2], [0, 3, 0, 4]]),
+    (((4, 2), "INT4"), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0, [[0, 2], [0, 2], [0, 4], [0, 4]]),
+])
+def test_what_dequantized_weights_are(net: Sketch, data: Any, scales: torch.Tensor, axis: int,
+                                      expected: list[list[int]]) -> None:
+    from tensorrt_stub.builder import read_plan
+    from tensorrt_stub.interpreter import Interpreter
+
+    output = dequantize(net, data, scales, axis=axis).get_output(0)
+    net.input((1,))
+    plan, values = read_plan(net.build()), {}  # type: ignore[var-annotated]
+    assert plan is not None
+    Interpreter(plan["layers"], lambda x: x, lambda x: [x]).run(values)
+    assert values[output._number].tolist() == expected
+
+
+def test_int4_of_both_signs(net: Sketch) -> None:
+    value = torch.tensor([0x8F, 0x70, 0x12], dtype=torch.uint8)
+    weights = net.trt.Weights(net.trt.DataType.INT4, value.data_ptr(), 6)
+    assert weights.tensor((3, 2)).tolist() == [[-1, -8], [0, 7], [2, 1]]
 
 
 def test_constants_whose_memory_was_freed(net: Sketch) -> None:

@@ -93,3 +93,16 @@ def quantize_int4(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tenso
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)[:, None]
     # Nibbles do not overlap, so that their sum is their union; the highest one's sign bit is meant to overflow.
     values.copy_((nibbles << shifts).sum(-2, dtype=torch.int32).view(values.shape))
+
+
+def int4_pairs(words: torch.Tensor, columns: int) -> torch.Tensor:
+    """W4A16's words in two's complement and in order of columns, two a byte, the first in its low half.
+
+    `[out, groups * 16]` int32 to `[out, columns / 2]` uint8.
+    """
+    import torch
+
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
+    numbers = ((words.view(len(words), -1, 1, WORDS) >> shifts) & 15) ^ 8  # 8 was zero
+    nibbles = numbers.to(torch.uint8).view(len(words), -1)[:, :columns]
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4

@@ -17,6 +17,8 @@ DEFAULTS = {
     "TPLLM_DRAIN_SECONDS": "30",  # between a SIGTERM to launch, which drains the ranks, and their end
     "TPLLM_ALLREDUCE_US": "50",  # assumed for one small all-reduce between hosts, or GPUs without peer access
     "TPLLM_ALL_REDUCE": "auto",  # push, two-shot or nccl: the only path between GPUs, in place of the fastest
+    "TPLLM_TENSORRT_ATTENTION": "fused",  # or primitive: matrix products and a softmax in place of TensorRT's layer
+    "TPLLM_TENSORRT_CUDA_GRAPHS": "0",  # 1: decode of TensorRT engines replays CUDA graphs
     "TPLLM_MEMORY_GB_S": "",  # assumed for one rank's memory; empty: 20 for a CPU, 3000 for a GPU
     "TPLLM_SITE": "~/.config/tpllm/site.toml",  # the profile of tpllm sbatch
 }
@@ -25,6 +27,13 @@ DEFAULTS = {
 def setting(name: str) -> str:
     """A site's variable, or its default."""
     return os.environ.get(name) or DEFAULTS[name]
+
+
+def choice(name: str, *allowed: str) -> str:
+    """The same where it must be one of a few words."""
+    if (text := setting(name)) not in allowed:
+        raise UsageError(f"{name} is {text!r}; it can be {' or '.join(allowed)}")
+    return text
 
 
 def seconds(name: str) -> float:

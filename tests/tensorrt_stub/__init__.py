@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -35,8 +35,12 @@ def install(libraries: Path) -> ModuleType:
     import tpllm.engine.tensorrt.backend as backend
     import tpllm.engine.tensorrt.runtime as ours
 
+    class Cpu(ours.Gpu):
+        def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+            return runtime.capture(enqueue)
+
     backend.assign = lambda world: ""
-    ours.take_gpu = lambda world: ours.Gpu(torch.device("cpu"), runtime.STREAM, "sm_90")
+    ours.take_gpu = lambda world: Cpu(torch.device("cpu"), runtime.STREAM, "sm_90")
     return module
 
 

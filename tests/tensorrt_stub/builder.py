@@ -9,6 +9,7 @@ from typing import Any
 import tensorrt_bindings as trt
 
 from tensorrt_stub.network import Network, Type, owned_memory, report
+from tensorrt_stub.rules import Refused
 from tensorrt_stub.signatures import Recorded
 
 MAGIC = b"recorded plan"
@@ -83,6 +84,14 @@ class Builder(Recorded, owner="Builder"):
         return Profile()
 
     def build_serialized_network(self, network: Network, config: BuilderConfig) -> bytes | None:
+        network._complete = True
+        for layer in network._layers:
+            try:
+                layer._rule(layer)
+            except Refused as e:
+                report(self._logger, self._values.get("error_recorder"), f"[builder.cpp::build::1] Error Code 4: "
+                                                                         f"Internal Error ({layer.name}: {e})")
+                return None
         check_network(network, config)
         monitor = config._values.get("progress_monitor")
         if monitor is not None:
@@ -157,6 +166,7 @@ def serialize(network: Network, config: BuilderConfig) -> bytes:
     aliases = {layer._output.name: layer._in(0).name for layer in network._layers
                if layer._owner == "IKVCacheUpdateLayer"}
     plan = {"tf32": trt.BuilderFlag.TF32 in config._flags,
+            "verbosity": config._values.get("profiling_verbosity", trt.ProfilingVerbosity.LAYER_NAMES_ONLY),
             "version": trt.__version__, "layers": layers, "aliases": aliases,
             "profiles": [profile._shapes for profile in config._profiles],
             "inputs": {t.name: (t._number, t._dtype, t._dims) for t in network._inputs},

@@ -59,6 +59,15 @@ class Interpreter:
     def ICastLayer(self, x: Any, params: Any, values: Any) -> Tensor:
         return x[0].to(TORCH[params["to_type"]])
 
+    def IDequantizeLayer(self, x: Any, params: Any, values: Any) -> Tensor:
+        data, scale = x[0], x[1]
+        if scale.dim() == 1 and scale.numel() > 1:
+            scale = scale.reshape([-1 if i == values["axis"] else 1 for i in range(data.dim())])
+        elif scale.numel() > 1:
+            for axis, size in enumerate(data.shape):
+                scale = scale.index_select(axis, torch.arange(size) // (size // scale.shape[axis]))
+        return (data.float() * scale.float()).to(TORCH[params["output_type"]])
+
     def IMatrixMultiplyLayer(self, x: Any, params: Any, values: Any) -> Tensor:
         a, b = (x[i].mT if params[f"op{i}"] == trt.MatrixOperation.TRANSPOSE else x[i] for i in (0, 1))
         return a @ b

@@ -22,6 +22,7 @@ from tensorrt_stub.rules import (
     cast_rule,
     collective_rule,
     concatenation_rule,
+    dequantize_rule,
     elementwise_rule,
     float_rule,
     gather_rule,
@@ -39,7 +40,7 @@ from tensorrt_stub.signatures import Recorded
 
 Type = trt.DataType
 TORCH = {Type.FLOAT: torch.float32, Type.HALF: torch.float16, Type.BF16: torch.bfloat16, Type.INT32: torch.int32,
-         Type.INT64: torch.int64, Type.BOOL: torch.bool}
+         Type.INT64: torch.int64, Type.BOOL: torch.bool, Type.INT8: torch.int8, Type.INT4: torch.int8}
 
 
 class Tensor(Recorded, owner="ITensor"):
@@ -66,7 +67,9 @@ class Weights:
 
     def __init__(self, type: Any, ptr: int, count: int) -> None:
         self.genuine = trt.Weights(type, ptr, count)
-        self.dtype, self.ptr, self.size, self.nbytes = type, ptr, count, self.genuine.nbytes
+        # The genuine object does not know the size of int4.
+        self.dtype, self.ptr, self.size = type, ptr, count
+        self.nbytes = -(-count // 2) if type == Type.INT4 else self.genuine.nbytes
         self.first_read = self.read()
 
     def stands_for(self) -> str:
@@ -76,7 +79,11 @@ class Weights:
         return ctypes.string_at(self.ptr, self.nbytes)
 
     def tensor(self, shape: Shape) -> torch.Tensor:
-        return torch.frombuffer(bytearray(self.read()), dtype=TORCH[self.dtype]).reshape(shape)
+        if self.dtype != Type.INT4:
+            return torch.frombuffer(bytearray(self.read()), dtype=TORCH[self.dtype]).reshape(shape)
+        # Two a byte, in two's complement, the first in the lower half.
+        values = [(byte >> shift & 15) - 16 * (byte >> shift + 3 & 1) for byte in self.read() for shift in (0, 4)]
+        return torch.tensor(values, dtype=torch.int8).reshape(shape)
 
 
 def owned_memory() -> list[tuple[int, int]]:
@@ -132,6 +139,7 @@ class Network(Recorded, owner="INetworkDefinition"):
     def __init__(self, logger: Any) -> None:
         super().__init__()
         self._logger, self._layers, self._inputs, self._outputs, self._tensors = logger, [], [], [], 0
+        self._complete = False  # it is being built: nothing will be set any more
 
     def _count(self) -> int:
         self._tensors += 1
@@ -186,6 +194,9 @@ class Network(Recorded, owner="INetworkDefinition"):
 
     def add_matrix_multiply(self, input0: Tensor, op0: Any, input1: Tensor, op1: Any) -> Layer | None:
         return self._layer("IMatrixMultiplyLayer", [input0, input1], matmul_rule, op0=op0, op1=op1)
+
+    def add_dequantize(self, input: Tensor, scale: Tensor, output_type: Any) -> Layer | None:
+        return self._layer("IDequantizeLayer", [input, scale], dequantize_rule, output_type=output_type)
 
     def add_shuffle(self, input: Tensor) -> Layer | None:
         return self._layer("IShuffleLayer", [input], shuffle_rule)

@@ -1,7 +1,8 @@
 """Runs under mpirun, with the stand-in for TensorRT or itself: a list of jobs on every rank.
 
 `mpirun -n N python program.py LIBRARIES JOBS.json`, with `-` for LIBRARIES to let TensorRT itself do them. Each job
-is `{"tpllm": [argv…], "env": {…}}` or `{"engine": DIR, "sequences": […], "prompts": […], "out": FILE}`.
+is `{"tpllm": [argv…]}` or `{"engine": DIR, "sequences": […], "prompts": […], "out": FILE}`, with the environment it
+runs in, `"env": {…}`.
 """
 
 from __future__ import annotations
@@ -52,29 +53,38 @@ def all_logits(runner: ModelRunner, sequences: list[list[int]]) -> list[torch.Te
 
 
 def describe(engine: Path, world: World) -> list[dict[str, Any]]:
-    """Of every rank: what its engine file says, and its plan's collectives in order."""
+    """Of every rank: what its engine file says, its plan's collectives in order, and new CUDA graphs."""
     from tensorrt_stub.builder import Builder, read_plan
+    from tensorrt_stub.runtime import CAPTURES
 
     config = EngineConfig.load(engine)
     meta, members = read_engine(engine, config, Mapping(config.tp_size, world.rank))
     plan = read_plan(members["plan.trt"])
     assert plan is not None
     kinds = [layer["kind"] for layer in plan["layers"]]
+    captures = len(CAPTURES)
+    CAPTURES.clear()
     return world.allgather({
-        "tf32": plan["tf32"],
+        "captures": captures, "tf32": plan["tf32"],
         "counted": meta.collectives, "made_for": json.loads(members["made_for.json"]), "measured": Builder._measured,
         "collectives": [layer["name"] for layer in plan["layers"] if layer["kind"] == "IDistCollectiveLayer"],
         "kinds": {kind: kinds.count(kind) for kind in set(kinds)}})
 
 
 def run_job(job: dict[str, Any], world: World) -> None:
+    os.environ.update(job.get("env", {}))
+    try:
+        do_job(job, world)
+    finally:
+        for name in job.get("env", {}):
+            del os.environ[name]
+
+
+def do_job(job: dict[str, Any], world: World) -> None:
     if "tpllm" in job:
-        os.environ.update(job.get("env", {}))
         code = main(job["tpllm"])
         if code:
             raise RuntimeError(f"exit code {code}: {job['tpllm']}")
-        for name in job.get("env", {}):
-            del os.environ[name]
         return
     runner = ModelRunner.from_dir(job["engine"], world=world)
     logits = all_logits(runner, job["sequences"])

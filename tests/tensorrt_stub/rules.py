@@ -102,6 +102,29 @@ def matmul_rule(layer: Layer) -> Rule:
     return (*broadcast(a[:-2], b[:-2]), a[-2], b[-1]), same_dtype(layer, 0, 1)
 
 
+def dequantize_rule(layer: Layer) -> Rule:
+    """Scales are one, one for each index of an axis, or, of int4, one for each block of the last dimensions."""
+    data, scale, output = layer._in(0), layer._in(1), layer._params["output_type"]
+    shape, scales = data._shape, scale._shape
+    require(data._dtype in (Type.INT8, Type.INT4) and len(shape) > 0, f"{data._dtype} of {shape} cannot be dequantized")
+    require(data._dtype != Type.INT4 or shape[-1] % 2 == 0, f"int4 are two a byte: {shape}")
+    require(output in FLOATS and scale._dtype in (Type.FLOAT, output), f"{scale._dtype} scales for {output}")
+    for tensor in (data, scale):
+        require(tensor._source is not None and tensor._source._owner == "IConstantLayer", "weights must be constant")
+    require(bool((scale._source._params["weights"].tensor(scales) > 0).all()), "scales must be positive")
+    if math.prod(scales) > 1:
+        axis = layer._values.get("axis", -1)
+        known = axis != -1 or layer._network._complete
+        require(not known or 0 <= axis < len(shape), f"axis {axis} of {shape}")
+        if len(scales) == 1:
+            require(not known or scales[0] == shape[axis], f"{scales[0]} scales for axis {axis} of {shape}")
+        else:
+            require(data._dtype == Type.INT4 and len(scales) == len(shape) == 2, f"blocks of {data._dtype} {shape}")
+            blocks = [n // m if n % m == 0 else 0 for n, m in zip(shape, scales, strict=True)]
+            require(0 not in blocks and 1 in blocks, f"{scales} scales of blocks of {shape}")
+    return shape, output
+
+
 def shuffle_rule(layer: Layer) -> Rule:
     (shape,) = shapes_of(layer, 0)
     if "first_transpose" in layer._values:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tensorrt_bindings as trt
@@ -15,6 +17,10 @@ from tensorrt_stub.interpreter import Interpreter
 from tensorrt_stub.network import TORCH, report
 from tensorrt_stub.signatures import Recorded
 
+Strategy = trt.ExecutionContextAllocationStrategy
+SCRATCH = 512  # bytes that a context works in
+CAPTURES: list[list[Callable[[], None]]] = []  # every CUDA graph: its launches
+CAPTURING: list[list[Callable[[], None]]] = []  # the one that is being captured
 STREAM = 7  # the handle of the only stream there is
 COMMUNICATORS: dict[int, Any] = {}  # MPI communicators by the address that stands for an ncclComm_t
 
@@ -39,15 +45,35 @@ class Runtime(Recorded, owner="Runtime"):
 class Engine(Recorded, owner="ICudaEngine"):
     def __init__(self, runtime: Runtime, plan: dict[str, Any]) -> None:
         super().__init__()
-        self._runtime, self._plan = runtime, plan
+        self._runtime, self._plan, self._contexts = runtime, plan, []
+        self._values["device_memory_size_v2"] = SCRATCH
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_execution_context(self, strategy: Any = Strategy.STATIC) -> Context:
+        self._contexts.append(Context(self, strategy))
+        return self._contexts[-1]
+
+    def create_engine_inspector(self) -> Inspector:
+        return Inspector(self._plan)
+
+
+class Inspector(Recorded, owner="EngineInspector"):
+    def __init__(self, plan: dict[str, Any]) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def get_engine_information(self, format: Any) -> str:
+        assert format == trt.LayerInformationFormat.JSON
+        detailed = self._plan["verbosity"] == trt.ProfilingVerbosity.DETAILED
+        return json.dumps({"Layers": [{"Name": layer["name"], "LayerType": layer["kind"]} if detailed
+                                      else layer["name"] for layer in self._plan["layers"]],
+                           "I/O Tensors": [{"Name": name} for name in self._plan["inputs"] | self._plan["outputs"]]})
 
 
 class Context(Recorded, owner="IExecutionContext"):
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, strategy: Any = Strategy.STATIC) -> None:
         super().__init__()
+        self._scratch = SCRATCH if strategy == Strategy.STATIC else 0
+        self._executed: Any = None  # shapes and addresses of the last ordinary execution
         self._engine, self._plan = engine, engine._plan
         self._profile, self._comm = 0, None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -62,6 +88,10 @@ class Context(Recorded, owner="IExecutionContext"):
             return self._no(f"profile {profile_index} on stream {stream_handle}")
         self._profile, self._shapes = profile_index, {}
         return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory and not self._scratch, "this context has its own memory"
+        self._scratch = size
 
     def set_communicator(self, communicator: Any) -> bool:
         get = ctypes.pythonapi.PyCapsule_GetPointer
@@ -102,9 +132,22 @@ class Context(Recorded, owner="IExecutionContext"):
                 sizes.setdefault(dim, set()).add(self._shapes[name][index])
         if any(len(found) > 1 for found in sizes.values()):
             return self._no(f"dimensions of one name differ: {sizes}")
+        if self._scratch < SCRATCH:
+            return self._no(f"{self._scratch} bytes to work in, {SCRATCH} needed")
         assert stream_handle == STREAM
-        self._interpret()
+        state = dict(self._shapes), dict(self._addresses)
+        if CAPTURING:
+            assert self._executed == state, "captured without an execution since shapes or addresses changed"
+            CAPTURING[-1].append(lambda: self._launch(state))
+        else:
+            self._interpret()
+            self._executed = state
         return True
+
+    def _launch(self, state: Any) -> None:
+        """Of a graph: TensorRT does not define what it does when its context was changed."""
+        assert (self._shapes, self._addresses) == state, "the context changed after it was captured"
+        self._interpret()
 
     def _interpret(self) -> None:
         plan = self._plan
@@ -125,6 +168,21 @@ class Context(Recorded, owner="IExecutionContext"):
 
     def _reduce(self, x: Tensor) -> Tensor:
         return torch.stack([part.float() for part in self._gather(x)]).sum(0).to(x.dtype)
+
+
+def capture(enqueue: Callable[[], None]) -> Callable[[], None]:
+    """As CUDA does, run nothing, and keep what would have run with what it was given."""
+    launches: list[Callable[[], None]] = []
+    CAPTURING.append(launches)
+    enqueue()
+    CAPTURING.clear()
+    CAPTURES.append(launches)
+
+    def replay() -> None:
+        for launch in launches:
+            launch()
+
+    return replay
 
 
 def memory(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

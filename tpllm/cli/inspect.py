@@ -16,6 +16,7 @@ from tpllm.files import read_json
 if TYPE_CHECKING:
     from tpllm.engine.base import EngineConfig, RankEngine
 
+COLLECTIVE = re.compile("all_?reduce|all_?gather|collective", re.IGNORECASE)
 HELP = "what a checkpoint or engine directory is: configuration, tensors, fingerprints, the launch it fits"
 
 
@@ -66,7 +67,7 @@ def bits(dtype: str) -> int:
 
 def engine_facts(directory: Path) -> dict[str, Any]:
     """What config.json and every rank's engine say; raises when they do not belong together."""
-    from tpllm.engine.base import engine_file
+    from tpllm.engine.base import LAYERS, engine_file
 
     config, ranks = engine_ranks(directory)
     return {"kind": "engine", "directory": str(directory),
@@ -75,7 +76,15 @@ def engine_facts(directory: Path) -> dict[str, Any]:
             "config": config.model.to_json(), "versions": config.versions, "weights": config.checkpoint_dir,
             "ranks": [{"file": engine_file(meta.rank), "bytes": (directory / engine_file(meta.rank)).stat().st_size,
                        "fingerprint": meta.shard_fingerprint, "collectives": meta.collectives,
-                       "members": {name: len(data) for name, data in members.items()}} for meta, members in ranks]}
+                       "members": {name: len(data) for name, data in members.items()},
+                       "layers": plan_layers(members[LAYERS]) if LAYERS in members else None}
+                      for meta, members in ranks]}
+
+
+def plan_layers(inspected: bytes) -> list[dict[str, str | None]]:
+    """Names and types of a TensorRT plan's layers, from the JSON of its engine inspector, kept when it was built."""
+    return [{"name": layer["Name"], "type": layer.get("LayerType")} if isinstance(layer, dict)
+            else {"name": layer, "type": None} for layer in json.loads(inspected)["Layers"]]
 
 
 def engine_ranks(directory: Path) -> tuple[EngineConfig, list[tuple[RankEngine, dict[str, bytes]]]]:
@@ -105,11 +114,19 @@ def lines(facts: dict[str, Any]) -> list[str]:
     text += [f"{name}: {words(facts[name]) if isinstance(facts[name], dict) else facts[name]}"
              for name in ("config", "build", "versions", "source", "weights") if facts.get(name)]
     shown: dict[str, Any] = {}
+    layers: list[dict[str, Any]] | None = None
     for rank in facts["ranks"]:
         text.append(f"{rank['file']}: {rank['bytes']:,} bytes, fingerprint {rank['fingerprint']}")
+        if rank.get("collectives"):
+            text.append(f"  collectives in its graph: {words(rank['collectives'])}")
         parts = rank.get("tensors") or rank["members"]
         if parts != shown:
             shown = parts
             text += [f"  {name}  {part['dtype']} {part['shape']}, {part['bytes']:,} bytes" if isinstance(part, dict)
                      else f"  {name}, {part:,} bytes" for name, part in parts.items()]
+        if rank.get("layers") and rank["layers"] != layers:
+            layers = rank["layers"]
+            named = sum(bool(COLLECTIVE.search(f"{layer['name']} {layer['type']}")) for layer in layers)
+            text.append(f"  {len(layers)} layers by TensorRT's engine inspector, {named} of them named for collectives")
+            text += [f"    {layer['name']}  {layer['type'] or ''}".rstrip() for layer in layers]
     return text

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 META = "engine.json"
+LAYERS = "layers.json"  # a member that some backends give: what their compiler's inspector says of the layers
 MAX_STEP_TOKENS = 2048  # of one step: longer prompts come in chunks
 RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
 

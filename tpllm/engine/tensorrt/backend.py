@@ -14,6 +14,7 @@ from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.devices import assign
 from tpllm.distributed import World
 from tpllm.engine.base import (
+    LAYERS,
     RANDOM,
     Backend,
     Engine,
@@ -24,11 +25,12 @@ from tpllm.engine.base import (
     read_engine,
     write_engine,
 )
+from tpllm.engine.random_weights import random_weights
 from tpllm.errors import MismatchError, PreflightError, UsageError
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 from tpllm.models.base import Model
-from tpllm.sharding import local_shape
+from tpllm.settings import choice
 
 # Before, all-reduces of a network that also has attention did nothing, and said so only at load.
 LEAST = (11, 2)
@@ -84,9 +86,6 @@ class TensorrtBackend(Backend):
         return "cuda"
 
     def settle(self, config: EngineConfig, world: World) -> EngineConfig:
-        if config.model.quant_algo:
-            raise UsageError(f"backend tensorrt does not take weights that are quantized ({config.model.quant_algo}); "
-                             "type --backend inductor, or convert without --use-weight-only")
         config = super().settle(config, world)
         found = world.together("build", lambda: found_here(world))
         return replace(config, versions=config.versions | world.broadcast(found), weights_in_engine=True)
@@ -97,7 +96,7 @@ class TensorrtBackend(Backend):
             found = found_here(world)
             model = find_model(config.model.architecture, model_file)(config.model)
             if checkpoint_dir is None:
-                return found, model, random_weights(model, mapping), RANDOM
+                return found, model, dict(random_weights(model, mapping, torch.device("cpu"))), RANDOM
             return found, model, *RankCheckpoint(checkpoint_dir, model, mapping).load()
 
         found, model, weights, fingerprint = world.together("read weights", read)
@@ -117,7 +116,7 @@ class TensorrtBackend(Backend):
         meta = RankEngine(mapping.rank, mapping.tp_size, config.build.backend, config.digest(), fingerprint,
                           plan.collectives)
         world.together("write", lambda: write_engine(out / engine_file(mapping.rank), meta, {
-            MADE_FOR: json.dumps(found).encode(), PLAN: plan.data}))
+            MADE_FOR: json.dumps(found).encode(), LAYERS: plan.layers.encode(), PLAN: plan.data}))
 
     def load(self, directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
              world: World) -> Engine:
@@ -131,20 +130,13 @@ class TensorrtBackend(Backend):
                                         f"{world.host} has {found[key]}; build it again here: {build_command(config)}")
             return members[PLAN]
 
+        # Rank 0's word counts: a graph's context is opened by all ranks or by none.
+        graphs = world.broadcast(world.together("load", lambda: choice("TPLLM_TENSORRT_CUDA_GRAPHS", "0", "1")))
         plan = world.together("load", read)
         from tpllm.engine.tensorrt.runtime import TensorrtEngine, connect, take_gpu
 
         gpu = take_gpu(world)
         engine = world.together("load", lambda: TensorrtEngine(config, plan, gpu, world))
         communicator = connect(world) if world.size > 1 else None
-        world.together("connect", lambda: engine.open(communicator))
+        world.together("connect", lambda: engine.open(communicator, graphs == "1"))
         return engine
-
-
-def random_weights(model: Model, mapping: Mapping) -> dict[str, torch.Tensor]:
-    """To measure without a checkpoint; the same at every build."""
-    torch.manual_seed(mapping.rank)
-    dtype = getattr(torch, model.config.dtype)
-    shapes = {name: local_shape(weight, model.config, mapping) for name, weight, _ in model.rank_weights(mapping)}
-    return {name: torch.randn(shape).mul(0.02).to(dtype) if len(shape) > 1 else torch.ones(shape, dtype=dtype)
-            for name, shape in shapes.items()}

@@ -13,8 +13,10 @@ import torch
 
 from tpllm.engine.base import EngineConfig
 from tpllm.engine.tensorrt.messages import Logger
+from tpllm.errors import UsageError
 from tpllm.mapping import Mapping, padded
 from tpllm.models.rope import inverse_frequencies
+from tpllm.quantization import GROUP, int4_pairs, scale_name
 from tpllm.sharding import Axis, axis_slice
 
 Tensor = Any  # trt.ITensor
@@ -22,13 +24,18 @@ Binary, Matrix, Unary = trt.ElementWiseOperation, trt.MatrixOperation, trt.Unary
 Collective, Reduce = trt.CollectiveOperation, trt.ReduceOperation
 FLOAT, INT32 = trt.DataType.FLOAT, trt.DataType.INT32
 DTYPES = {torch.float32: FLOAT, torch.float16: trt.DataType.HALF, torch.bfloat16: trt.DataType.BF16,
-          torch.int32: INT32, torch.int64: trt.DataType.INT64}
+          torch.int32: INT32, torch.int64: trt.DataType.INT64, torch.int8: trt.DataType.INT8,
+          torch.uint8: trt.DataType.INT4}  # which are two a byte
 
 # The network's inputs beside the caches, all int32, and its output beside them.
 TOKENS, POSITIONS = "tokens", "positions"  # [B, S]
 WRITE_INDEX = "write_index"  # [B] cache row of each sequence's first token
 ROWS = "rows"  # [R] which of the B * S tokens need logits
 LOGITS = "logits"  # [R, vocab] float32
+
+
+def input_shapes(batch: int, length: int, rows: int) -> dict[str, tuple[int, ...]]:
+    return {TOKENS: (batch, length), POSITIONS: (batch, length), WRITE_INDEX: (batch,), ROWS: (rows,)}
 
 
 def cache_names(layer: int) -> list[tuple[str, str]]:
@@ -94,8 +101,9 @@ class TensorrtOps:
         """A tensor with leading ones up to `rank`."""
         value = value.contiguous()
         self.kept.append(value)
-        weights = trt.Weights(DTYPES[value.dtype], value.data_ptr(), value.numel())
-        shape = (1,) * (rank - value.dim()) + tuple(value.shape)
+        each = 2 if value.dtype == torch.uint8 else 1
+        weights = trt.Weights(DTYPES[value.dtype], value.data_ptr(), value.numel() * each)
+        shape = (1,) * (rank - value.dim()) + (*value.shape[:-1], value.shape[-1] * each)
         return self._out(self.network.add_constant(shape, weights), "constant")
 
     def _binary(self, a: Tensor, b: Tensor, operation: Any) -> Tensor:
@@ -183,10 +191,31 @@ class TensorrtOps:
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         self._scope = name
-        rank = len(x.shape)
-        weight, bias = self._constant(self.weights[name + ".weight"], rank), self.weights.get(name + ".bias")
+        rank, weight, bias = len(x.shape), self.weights[name + ".weight"], self.weights.get(name + ".bias")
+        weight = self._constant(weight, rank) if weight.is_floating_point() else self._dequantized(name, weight, x)
         y = self._out(self.network.add_matrix_multiply(x, Matrix.NONE, weight, Matrix.TRANSPOSE), "matmul")
         return y if bias is None else self._binary(y, self._constant(bias, rank), Binary.SUM)
+
+    def _dequantized(self, name: str, weight: torch.Tensor, x: Tensor) -> Tensor:
+        """What a quantized weight stands for, `[1, out, in]`, or of the rank of the `x` that is multiplied with it.
+
+        int8 has a scale a row. int4 has one a block of columns, which are all of one size: where the last group of a
+        row is short, groups are cut into several blocks.
+        """
+        columns, axis = x.shape[-1], 0
+        scale = self.weights[scale_name(name + ".weight", str(self.config.quant_algo))]
+        if weight.dtype == torch.int32:
+            block, axis = math.gcd(columns, GROUP), 1
+            if columns % 2:
+                raise UsageError(f"{name} has {columns} columns on a rank, and TensorRT takes an even number of int4; "
+                                 "convert with --weight-only-precision int8")
+            weight = int4_pairs(weight, columns)
+            scale = scale.repeat_interleave(GROUP // block, 1)[:, :columns // block]
+        # TensorRT wants scales above zero; where ours are zero, so are all numbers.
+        scales = self._constant(scale.where(scale > 0, 1))
+        layer = self._add(self.network.add_dequantize(self._constant(weight), scales, x.dtype), "dequantize")
+        layer.axis = axis
+        return self._reshape(layer.get_output(0), (1,) * (len(x.shape) - 2) + (-1, columns))
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
         return tuple(self.linear(x, name) for name in names)

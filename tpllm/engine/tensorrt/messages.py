@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import suppress
 from typing import Any
 
 import tensorrt as trt
@@ -39,11 +41,27 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         return kind(f"TensorRT refused {what}: {' '.join(reason.split()).rstrip('.')}")
 
     def start(self, kind: Any) -> Any:
-        """A builder or a runtime; where CUDA does not work, the bindings have none to wrap and raise a TypeError."""
-        try:
-            return kind(self)
-        except TypeError:
-            raise self.refusal(f"to start its {kind.__name__}") from None
+        """A builder or a runtime.
+
+        Where CUDA does not work, the bindings have none to wrap and raise a TypeError, or they wrap one that says so,
+        and that ends the process when it is used or deleted (TensorRT 11.4's lean runtime).
+        """
+        self.errors.clear()
+        with suppress(TypeError):
+            started = kind(self)
+            if not self.errors:
+                return started
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(started))  # never to be deleted
+        raise self.refusal(f"to start its {kind.__name__}")
+
+    def deserialize(self, plan: bytes | memoryview, remedy: str = "") -> Any:
+        """A plan's engine, which keeps its runtime; where it is refused, the error ends with `remedy`."""
+        runtime = self.start(trt.Runtime)
+        runtime.error_recorder = ErrorRecorder(self)
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self.refusal(f"the plan of {len(plan)} bytes{remedy}")
+        return engine
 
 
 class ErrorRecorder(trt.IErrorRecorder):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,15 @@ from tpllm.engine.tensorrt.lowering import (
     TOKENS,
     WRITE_INDEX,
     cache_names,
+    input_shapes,
     slot_rows,
 )
-from tpllm.engine.tensorrt.messages import ErrorRecorder, Logger
+from tpllm.engine.tensorrt.messages import Logger
 from tpllm.engine.torch.device import find_device
 from tpllm.errors import PreflightError
 
 CAPSULE = b"ncclComm_t"  # a capsule keeps a pointer to its name
+MAX_GRAPHS = 32  # runs of slots whose decode is captured; others are executed as without graphs
 Ints = NDArray[np.int32]
 
 
@@ -37,6 +40,14 @@ class Gpu:
     device: torch.device
     stream: int
     architecture: str
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What launches all that `enqueue` puts on the stream, as one CUDA graph; nothing of it runs yet."""
+        graph = torch.cuda.CUDAGraph()
+        # Threads of NCCL may use CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self.device), capture_error_mode="thread_local"):
+            enqueue()
+        return graph.replay
 
 
 def take_gpu(world: World) -> Gpu:
@@ -68,14 +79,20 @@ def capsule(pointer: int) -> Any:
 
 
 class Lane:
-    """An execution context with its profile; remembers which slots its cache addresses are those of."""
+    """An execution context with its profile; remembers which slots its cache addresses are those of.
 
-    def __init__(self, engine: trt.ICudaEngine, logger: Logger, profile: int, gpu: Gpu, communicator: Any) -> None:
-        self._logger, self._stream = logger, gpu.stream
+    Its working memory is `scratch`, where that is given, of which lanes that never run at once may share one.
+    """
+
+    def __init__(self, engine: trt.ICudaEngine, logger: Logger, profile: int, gpu: Gpu, communicator: Any,
+                 scratch: torch.Tensor | None = None) -> None:
+        self._logger, self._stream, kinds = logger, gpu.stream, trt.ExecutionContextAllocationStrategy
         self._bound: tuple[int, int] | None = None
-        self._context = engine.create_execution_context()
+        self._context = engine.create_execution_context(kinds.STATIC if scratch is None else kinds.USER_MANAGED)
         if self._context is None:
             raise logger.refusal("an execution context")
+        if scratch is not None:
+            self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._check(self._context.set_optimization_profile_async(profile, gpu.stream), f"profile {profile}")
         if communicator is not None:
             # Without it the all-reduces of the plan would do nothing and the answers be wrong. The call waits for the
@@ -104,7 +121,37 @@ class Lane:
             self._check(self._context.set_input_shape(name, tuple(tensor.shape)), f"shape {tensor.shape} of {name}")
             self._check(self._context.set_tensor_address(name, tensor.data_ptr()), f"address of {name}")
         self._check(self._context.set_tensor_address(LOGITS, logits.data_ptr()), f"address of {LOGITS}")
+        self.enqueue()
+
+    def enqueue(self) -> None:
+        """The same execution as the last one."""
         self._check(self._context.execute_async_v3(self._stream), "to run a step")
+
+
+class Graph:
+    """Decode of one run of slots as a CUDA graph, whose inputs and logits stay where they are.
+
+    Its lane is its own: TensorRT does not define what a graph does after its context's shapes or addresses changed.
+    """
+
+    def __init__(self, lane: Lane, gpu: Gpu, batch: int, vocab_size: int) -> None:
+        self._launch: Callable[[], None] | None = None  # first, as graphs must go before their contexts
+        self._gpu, self._lane = gpu, lane
+        self._inputs = {name: torch.zeros(shape, dtype=torch.int32, device=gpu.device)
+                        for name, shape in input_shapes(batch, 1, batch).items()}
+        self._logits = torch.empty((batch, vocab_size), device=gpu.device)
+
+    def run(self, arrays: dict[str, Ints]) -> torch.Tensor:
+        """Logits `[batch, vocab]`, until the next call."""
+        for name, array in arrays.items():
+            self._inputs[name].copy_(torch.from_numpy(array))
+        if self._launch:
+            self._launch()
+        else:
+            # Before it can be captured, TensorRT must have executed these shapes once.
+            self._lane.run(self._inputs, self._logits)
+            self._launch = self._gpu.capture(self._lane.enqueue)
+        return self._logits
 
 
 class TensorrtEngine(Engine):
@@ -118,22 +165,29 @@ class TensorrtEngine(Engine):
         self.config, self.unit, self.ahead = config, build.max_seq_len, False
         self.capacity = build.max_batch_size * self.unit
         self._gpu, self._logger = gpu, Logger(world)
-        self._recorder = ErrorRecorder(self._logger)
-        self._runtime = self._logger.start(trt.Runtime)
-        self._runtime.error_recorder = self._recorder
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise self._logger.refusal(f"the plan of {len(plan)} bytes; build it again: {build_command(config)}")
+        self._engine = self._logger.deserialize(plan, f"; build it again: {build_command(config)}")
         # Zeros: what was never written is masked, but a NaN there would show through.
         self._cache = torch.zeros(model.num_hidden_layers, 2, build.max_batch_size,
                                   model.local(config.tp_size).num_kv_heads, slot_rows(build.max_seq_len),
                                   model.head_size, dtype=getattr(torch, model.dtype), device=gpu.device)
 
-    def open(self, communicator: Any) -> None:
+    def open(self, communicator: Any, graphs: bool = False) -> None:
         """Make the contexts; of several ranks collective, and all must come to it at about the same time."""
         self._communicator = communicator  # must outlive them
         self._prefill, self._decode = (Lane(self._engine, self._logger, profile, self._gpu, communicator)
                                        for profile in (0, 1))
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._most = MAX_GRAPHS if graphs else 0
+        self._scratch = torch.empty(self._engine.device_memory_size_v2 if graphs else 0, dtype=torch.uint8,
+                                    device=self._gpu.device)
+
+    def _graph(self, first: int, batch: int) -> Graph | None:
+        """That of slots `first` to `first + batch`; of several ranks collective where it is new."""
+        if (first, batch) not in self._graphs and len(self._graphs) < self._most:
+            lane = Lane(self._engine, self._logger, 1, self._gpu, self._communicator, self._scratch)
+            lane.bind_caches(self._cache, first, batch)
+            self._graphs[first, batch] = Graph(lane, self._gpu, batch, self.config.model.vocab_size)
+        return self._graphs.get((first, batch))
 
     @torch.inference_mode()
     def step(self, step: StepInput) -> torch.Tensor:
@@ -167,11 +221,14 @@ class TensorrtEngine(Engine):
         return logits
 
     def _execute(self, lane: Lane, first: int, tokens: Ints, positions: Ints, write: Ints, rows: Ints) -> torch.Tensor:
+        arrays = {TOKENS: tokens, POSITIONS: positions, WRITE_INDEX: write}
+        if lane is self._decode and (graph := self._graph(first, len(write))):
+            logits = graph.run(arrays | {ROWS: np.arange(len(write), dtype=np.int32)})
+            return logits[torch.from_numpy(rows.astype(np.int64))]
         lane.bind_caches(self._cache, first, len(write))
-        some = rows if len(rows) else np.zeros(1, np.int32)  # the network gives one row at least
-        arrays = {TOKENS: tokens, POSITIONS: positions, WRITE_INDEX: write, ROWS: some}
+        arrays[ROWS] = rows if len(rows) else np.zeros(1, np.int32)  # the network gives one row at least
         inputs = {name: torch.from_numpy(a.astype(np.int32)).to(self._gpu.device) for name, a in arrays.items()}
-        logits = torch.empty((len(some), self.config.model.vocab_size), device=self._gpu.device)
+        logits = torch.empty((len(arrays[ROWS]), self.config.model.vocab_size), device=self._gpu.device)
         lane.run(inputs, logits)
         return logits[:len(rows)]
 

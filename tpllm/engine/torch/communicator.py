@@ -16,9 +16,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
-from tpllm.errors import PreflightError, RankError, UsageError
+from tpllm.errors import PreflightError, RankError
 from tpllm.heartbeat import own_addresses, reach
-from tpllm.settings import setting
+from tpllm.settings import choice
 
 PUSH_BYTES = 4 << 20  # of one message through peer memory in one trip; above, every byte would cross too often
 ROW_COUNTS = (1, 8, 32, 128, 512, 2048)  # of the messages that are measured
@@ -105,9 +105,7 @@ class Communicator:
 
     def _choose(self) -> list[Path]:
         """Check each way's sums and take the fastest at each size; all ranks take the same."""
-        forced = setting("TPLLM_ALL_REDUCE")
-        if forced not in ("auto", *PATHS):
-            raise UsageError(f"TPLLM_ALL_REDUCE={forced!r} is none of auto, {', '.join(PATHS)}")
+        forced = choice("TPLLM_ALL_REDUCE", "auto", *PATHS)
         if forced != "auto" and forced not in self._ways:
             raise PreflightError(f"TPLLM_ALL_REDUCE={forced}, but these ranks' GPUs do not reach each other's memory")
         found = []
