@@ -31,6 +31,8 @@ def measure_ceilings(runner: ModelRunner) -> Ceilings:
     """Collective; the matrices are of the model's dtype."""
     import torch
 
+    from tpllm.engine.torch.private import linear  # the engines' own products
+
     build, world = runner.engine.config.build, runner.world
     cuda = build.device == "cuda"
     device, dtype = torch.device(build.device), getattr(torch, runner.engine.config.model.dtype)
@@ -38,7 +40,8 @@ def measure_ceilings(runner: ModelRunner) -> Ceilings:
     many, side = ((1 << 27) if cuda else (1 << 26)), (4096 if cuda else 1024)
     x = torch.ones(many, device=device)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    found = Ceilings(best_rate(world, x.nbytes, lambda: x.sum()), best_rate(world, 2 * side**3, lambda: (a @ b)[0, 0]))
+    found = Ceilings(best_rate(world, x.nbytes, lambda: x.sum()),
+                     best_rate(world, 2 * side**3, lambda: linear(a, b, None)[0, 0]))
     if cuda:
         torch.cuda.reset_peak_memory_stats()  # of which records speak; these arrays are not the engine's
     return found

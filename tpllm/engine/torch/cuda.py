@@ -1,8 +1,9 @@
-"""An engine on a GPU: decode steps replay CUDA graphs, one for each of a few batch sizes; others run as compiled."""
+"""An engine on a GPU: decode steps and short prompts replay CUDA graphs of a few sizes; others run as compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 from tpllm.engine.base import Engine, EngineConfig, StepInput
 from tpllm.engine.torch.base import Step, copy_rows, make_cache
 from tpllm.engine.torch.collectives import communicator
+from tpllm.engine.torch.memory import SPARE_ROWS
+from tpllm.engine.torch.private import flash_takes
 
 Ints = NDArray[np.int32]
 ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
+PROMPT_SIZES = (16, 32, 64, 128, 256, SPARE_ROWS)  # tokens; above, computing takes longer than launching the kernels
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -27,11 +31,40 @@ def aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-class Captured(NamedTuple):
-    """A graph of a decode step and where it leaves its logits `[batch size, vocab]`."""
+def pack(arrays: Sequence[Ints]) -> Ints:
+    """All of them in one array, each at a multiple of `ALIGNMENT`."""
+    parts = [np.zeros(aligned(len(array)), np.int32) for array in arrays]
+    for part, array in zip(parts, arrays, strict=True):
+        part[:len(array)] = array
+    return np.concatenate(parts)
 
-    graph: torch.cuda.CUDAGraph
+
+def unpack(packed: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """The parts of a tensor that `pack` has made."""
+    ends = accumulate(map(aligned, lengths))
+    return [packed[end - aligned(length):][:length] for end, length in zip(ends, lengths, strict=True)]
+
+
+class Captured(NamedTuple):
+    """What runs a graph's kernels again, and where they leave their logits `[rows, vocab]`."""
+
+    replay: Callable[[], None]
     logits: torch.Tensor
+
+
+class Capture:
+    """Makes CUDA graphs that share their memory, as one runs after the other."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Captured:
+        run()  # kernels load at their first call, which must not be inside of a capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = run()
+        return Captured(graph.replay, logits)
 
 
 class CudaEngine(Engine):
@@ -44,20 +77,23 @@ class CudaEngine(Engine):
         self.config = config
         build = config.build
         self.capacity = rows
-        # The row behind the arena's last is where padding puts its keys and values.
-        self._cache = make_cache(config, device, self.capacity + 1)
+        # The rows behind the arena's last are where padding puts its keys and values.
+        self._cache = make_cache(config, device, self.capacity + SPARE_ROWS)
         self._mixed, self._one = mixed, one
         self._sizes = batch_sizes(build.max_batch_size)
         # Tokens, their places in `_fed` or -1, first cache rows, lengths.
         self._inputs = torch.zeros((4, aligned(build.max_batch_size)), dtype=torch.int32, device=device)
         self._fed = torch.zeros(aligned(build.max_batch_size), dtype=torch.int32, device=device)
         self._each = torch.arange(build.max_batch_size + 1, dtype=torch.int32, device=device)
-        self._pool = torch.cuda.graph_pool_handle()
+        capture = Capture()
         with torch.inference_mode():
-            # The largest first, so that the others find their memory already there.
-            self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
+            # The largest first, so that the others find their memory already there. Without flash attention prompts
+            # are not captured: the host looks at their places then.
+            prompts = [size for size in PROMPT_SIZES if flash_takes(self._cache)]
+            self._prompts = {size: self._prompt(size, capture) for size in reversed(prompts)}
+            self._graphs = {size: self._decode(size, capture) for size in reversed(self._sizes)}
 
-    def _capture(self, size: int) -> Captured:
+    def _decode(self, size: int, capture: Capture) -> Captured:
         nothing = np.zeros(0, np.int32)
         self._put(nothing, None, nothing, nothing, size)
         given, fed, start, length = (line[:size] for line in self._inputs)
@@ -69,19 +105,28 @@ class CudaEngine(Engine):
                 return self._one(tokens, start, length, self._cache)
             return self._mixed(tokens, each, start, length, each[:size], self._cache)
 
-        run()  # kernels load at their first call, which must not be inside of a capture
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = run()
-        return Captured(graph, logits)
+        return capture(run)
+
+    def _prompt(self, size: int, capture: Capture) -> tuple[torch.Tensor, Captured]:
+        """The inputs of a graph for one prompt of up to `size` tokens, and the graph."""
+        arrays = self._one_sequence(np.zeros(0, np.int32), self.capacity, 0, 0, size)
+        packed = torch.from_numpy(pack(arrays)).to(self._cache.device)
+        inputs = unpack(packed, [len(array) for array in arrays])
+        return packed, capture(lambda: self._mixed(*inputs, self._cache))
+
+    def _one_sequence(self, tokens: Ints, start: int, length: int, row: int, size: int) -> list[Ints]:
+        """`StepProgram.forward`'s arrays of a sequence, and a second one in the spare rows that makes up `size`."""
+        count = len(tokens)
+        padding = np.zeros(size - count, np.int32)
+        return [np.concatenate([tokens, padding]), *(np.array(numbers, np.int32) for numbers in (
+            [0, count, size], [start, self.capacity], [length, size - count], [row]))]
 
     def _known(self, tokens: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
         """`tokens` with those in place that only the device knows."""
         return torch.where(fed >= 0, self._fed[fed.clamp(min=0)], tokens)
 
     def _put(self, tokens: Ints, fed: Ints | None, start: Ints, length: Ints, size: int) -> None:
-        """The graph's inputs, padded to `size` sequences of one token in the spare row."""
+        """The graph's inputs, padded to `size` sequences of one token in a spare row."""
         host = np.empty(tuple(self._inputs.shape), np.int32)
         host[:, :size] = np.array([[0], [-1], [self.capacity], [1]], np.int32)
         for line, values in zip(host, (tokens, fed, start, length), strict=True):
@@ -94,30 +139,35 @@ class CudaEngine(Engine):
     def step(self, step: StepInput) -> torch.Tensor:
         """Float32 logits `[R, vocab]` on the GPU; nothing here waits for it."""
         copy_rows(self._cache, step)
-        batch = len(step.start)
-        if len(step.tokens) != batch:
+        batch, count = len(step.start), len(step.tokens)
+        if count != batch:
+            size = next((size for size in PROMPT_SIZES if size >= count and size in self._prompts), None)
+            if size and batch == 1 and len(step.rows) <= 1 and step.fed is None:
+                return self._prompt_step(step, size)
             return self._mixed_step(step)
         size = next(size for size in self._sizes if size >= batch)
         self._put(step.tokens, step.fed, step.start, step.length, size)
         captured = self._graphs[size]
-        captured.graph.replay()
+        captured.replay()
         if len(step.rows) == batch and (step.rows == np.arange(batch)).all():
             return captured.logits[:batch].clone()  # the graph's own are overwritten by the next step
         return captured.logits[torch.from_numpy(step.rows).to(captured.logits.device)]
+
+    def _prompt_step(self, step: StepInput, size: int) -> torch.Tensor:
+        packed, captured = self._prompts[size]
+        row = int(step.rows[0]) if len(step.rows) else 0
+        arrays = self._one_sequence(step.tokens, int(step.start[0]), int(step.length[0]), row, size)
+        packed.copy_(torch.from_numpy(pack(arrays)), non_blocking=True)
+        captured.replay()
+        return captured.logits[:len(step.rows)].clone()
 
     def _mixed_step(self, step: StepInput) -> torch.Tensor:
         # Compiled code is not made for no rows at all.
         rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
         fed = step.fed if step.fed is not None else np.zeros(0, np.int32)
         arrays = (step.tokens, step.query_start, step.start, step.length, rows, fed)
-        ends = np.cumsum([aligned(len(a)) for a in arrays])
-        host = np.empty(ends[-1], np.int32)
-        for array, end in zip(arrays, ends, strict=True):
-            first = end - aligned(len(array))
-            host[first:first + len(array)] = array
-        packed = torch.from_numpy(host).to(self._cache.device, non_blocking=True)
-        inputs = [packed[end - aligned(len(a)):][:len(a)] for a, end in zip(arrays, ends.tolist(), strict=True)]
-        *inputs, unknown = inputs
+        packed = torch.from_numpy(pack(arrays)).to(self._cache.device, non_blocking=True)
+        *inputs, unknown = unpack(packed, [len(array) for array in arrays])
         if len(fed):
             inputs[0] = self._known(inputs[0], unknown)
         return self._mixed(*inputs, self._cache)[:len(step.rows)]

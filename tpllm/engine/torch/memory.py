@@ -13,6 +13,7 @@ from tpllm.errors import OutOfMemory
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 
+SPARE_ROWS = 512  # of the cache, for the padding of steps
 SPARE = 2 << 30  # bytes for CUDA graphs, the libraries' own buffers and the gaps between allocations
 
 
@@ -28,7 +29,7 @@ class Plan:
         """Rows of the cache that fit: as many as the engine is built for, or fewer; refused when one sequence has no
         room."""
         build = config.build
-        most = (free - self.weights - self.workspace) // self.row - 1  # one is spare
+        most = (free - self.weights - self.workspace) // self.row - SPARE_ROWS
         if most < build.max_seq_len:
             shorter = f"build with --max-seq-len {most} or less" if most > 0 else "there is no room for any sequence"
             raise OutOfMemory(

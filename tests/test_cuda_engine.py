@@ -1,0 +1,145 @@
+"""What an engine for GPUs does around its graphs: padding, spare rows, tokens that only the device knows.
+
+Its programs compute on the CPU here, and a graph is a function that is called again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from built import Built
+from makers import LLAMA31_GQA, make_meta_dir, random_ids
+from reference import Reference
+from torch import Tensor
+
+from tpllm.checkpoint.rank import RankCheckpoint
+from tpllm.engine.base import StepInput
+from tpllm.engine.torch import cuda
+from tpllm.engine.torch.program import StepProgram
+from tpllm.mapping import Mapping
+from tpllm.models import find_model
+
+MAX_SEQ, ROWS = 96, 300
+CPU = torch.device("cpu")
+
+
+class Recalled:
+    """In the place of `Capture`; counts how often each graph ran."""
+
+    def __init__(self) -> None:
+        self.runs: dict[int, int] = {}
+
+    def __call__(self, run: Callable[[], Tensor]) -> cuda.Captured:
+        logits = run()
+        number = len(self.runs)
+        self.runs[number] = 0
+
+        def replay() -> None:
+            self.runs[number] += 1
+            logits.copy_(run())
+
+        return cuda.Captured(replay, logits)
+
+
+class Made:
+    """An engine, its graphs' counts, and the reference of the same weights."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        built = Built(directory)
+        make_meta_dir(built.meta, LLAMA31_GQA)
+        built.run("--dtype", "float32", max_seq=MAX_SEQ)
+        self.reference, self.capture = Reference(built.meta), Recalled()
+        patch.setattr(cuda, "Capture", lambda: self.capture)
+        patch.setattr(cuda, "flash_takes", lambda _: True)
+        config = built.config
+        model = find_model(config.model.architecture)(config.model)
+        program = StepProgram(model, Mapping(1), CPU)
+        program.load(RankCheckpoint(built.checkpoint, model, Mapping(1)).load()[0])
+        self.mixed_steps = 0
+
+        def mixed(*arrays: Tensor) -> Tensor:
+            self.mixed_steps += 1
+            return program(*arrays)
+
+        def one(tokens: Tensor, start: Tensor, length: Tensor, cache: Tensor) -> Tensor:
+            zero = torch.zeros(1, dtype=torch.int32)
+            return program(tokens, torch.tensor([0, 1], dtype=torch.int32), start, length, zero, cache)
+
+        self.engine = cuda.CudaEngine(config, mixed, one, CPU, ROWS)
+        self.engine._cache.fill_(float("nan"))  # what nobody wrote must not be read
+
+    def step(self, tokens: list[int], ends: list[int], start: list[int], length: list[int], rows: list[int],
+             fed: list[int] | None = None) -> Tensor:
+        arrays = [np.array(array, np.int32) for array in (tokens, ends, start, length, rows)]
+        given = None if fed is None else np.array(fed, np.int32)
+        return self.engine.step(StepInput(*arrays, fed=given))
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    return Made(tmp_path, monkeypatch)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_every_length_and_the_steps_after_them(made: Made) -> None:
+    """A prompt alone is a graph's, whatever lies beside it; two, or one of which more is wanted, are not."""
+    for number, length in enumerate((2, 15, 16, 17, 33, 64, 90)):
+        ids, other = random_ids(LLAMA31_GQA.vocab_size, length + 1, 5, seed=number)
+        made.step(other, [0, 5], [length + 1], [5], [4])  # the rows right behind it
+        replays, before = sum(made.capture.runs.values()), made.mixed_steps
+        close(made.step(ids[:-1], [0, length], [0], [length], [length - 1]), made.reference.logits(ids)[[length - 1]])
+        assert (sum(made.capture.runs.values()), made.mixed_steps) == (replays + 1, before + 1)
+        close(made.step(ids[-1:], [0, 1], [0], [length + 1], [0]), made.reference.logits(ids)[[length]])
+        close(made.step([3], [0, 1], [length + 1], [6], [0]), made.reference.logits([*other, 3])[[5]])
+
+
+def test_parts_of_a_prompt(made: Made) -> None:
+    """One of which nothing is wanted, then the rest."""
+    (ids,) = random_ids(LLAMA31_GQA.vocab_size, 80, seed=3)
+    assert made.step(ids[:50], [0, 50], [7], [50], []).shape == (0, LLAMA31_GQA.vocab_size)
+    close(made.step(ids[50:], [0, 30], [7], [80], [29]), made.reference.logits(ids)[[79]])
+    assert sum(made.capture.runs.values()) == 2
+
+
+def test_steps_that_no_graph_serves(made: Made) -> None:
+    a, b = random_ids(LLAMA31_GQA.vocab_size, 20, 9, seed=4)
+    found = made.step([*a, *b], [0, 20, 29], [40, 0], [20, 9], [19, 28])
+    close(found, torch.stack([made.reference.logits(a)[19], made.reference.logits(b)[8]]))
+    close(made.step(a, [0, 20], [40], [20], list(range(20))), made.reference.logits(a))
+    assert sum(made.capture.runs.values()) == 0
+
+
+def test_decode_of_padded_batches_in_any_order(made: Made) -> None:
+    sequences = random_ids(LLAMA31_GQA.vocab_size, 12, 30, 21, seed=5)
+    starts = [200, 0, 100]
+    for ids, start in zip(sequences, starts, strict=True):
+        made.step(ids[:-2], [0, len(ids) - 2], [start], [len(ids) - 2], [])
+    for left, members in ((2, [2, 0]), (2, [1]), (1, [1, 2, 0])):
+        logits = made.step([sequences[i][-left] for i in members], list(range(len(members) + 1)),
+                           [starts[i] for i in members], [len(sequences[i]) - left + 1 for i in members],
+                           list(range(len(members))))
+        for i, row in zip(members, logits, strict=True):
+            close(row, made.reference.logits(sequences[i])[-left])
+
+
+def test_tokens_that_only_the_device_knows(made: Made) -> None:
+    """Of a decode step, and beside a prompt."""
+    a, b = random_ids(LLAMA31_GQA.vocab_size, 8, 6, seed=6)
+    made.step(a[:6], [0, 6], [0], [6], [5])
+    made.engine._fed[:3] = torch.tensor([1, a[6], a[7]], dtype=torch.int32)
+    close(made.step([0], [0, 1], [0], [7], [0], fed=[1]), made.reference.logits(a)[[6]])
+    found = made.step([0, *b], [0, 1, 7], [0, 50], [8, 6], [0, 6], fed=[2, -1, -1, -1, -1, -1, -1])
+    close(found, torch.stack([made.reference.logits(a)[7], made.reference.logits(b)[5]]))
+
+
+@pytest.mark.parametrize("lengths", [[1], [16, 0, 17], [3, 40, 2, 1]])
+def test_arrays_in_one(lengths: list[int]) -> None:
+    arrays = [np.arange(length, dtype=np.int32) + 100 * i for i, length in enumerate(lengths)]
+    packed = torch.from_numpy(cuda.pack(arrays))
+    for part, array in zip(cuda.unpack(packed, lengths), arrays, strict=True):
+        assert part.tolist() == array.tolist() and part.storage_offset() % cuda.ALIGNMENT == 0
