@@ -9,9 +9,9 @@ usage() {
 usage: launch/measure_gpu.sh TP [MODEL] [int8|int4]
 
 Builds an engine of MODEL (llama-2-7b) over TP GPUs with random weights and adds its records to $RESULTS
-(launch/results/gpu.jsonl): build and load; decode of 1, 8 and 32 sequences (128 tokens in, 256 out) with the time to the
-first token; prefill; 512 requests of 256 in, 256 out; 512 requests of mixed lengths. Quantized weights: decode only. The
-engine stays in $ENGINES (engines); one that is there is measured as it is. `tpllm scale --report-only` draws records.
+(build/gpu.jsonl): build and load; decode of 1, 8 and 32 sequences (128 tokens in, 256 out) with the time to the first
+token; prefill; 512 requests of 256 in, 256 out; 512 requests of mixed lengths. Quantized weights: decode only. The engine
+stays in $ENGINES (build/engines); one that is there is measured as it is. `tpllm scale --report-only` draws records.
 
   for tp in 1 2 4; do launch/measure_gpu.sh $tp; done
   launch/measure_gpu.sh 1 llama-3-8b
@@ -26,8 +26,10 @@ USAGE
 case ${1:-} in -h | --help) usage; exit ;; esac
 (($# >= 1)) || { usage >&2; exit 2; }
 tp=$1 model=${2:-llama-2-7b} precision=${3:-}
-RESULTS=${RESULTS:-$TPLLM_ROOT/launch/results/gpu.jsonl}
-engine=${ENGINES:-engines}/$model-tp$tp${precision:+-$precision}
+cd "$TPLLM_ROOT"
+RESULTS=${RESULTS:-build/gpu.jsonl}
+ENGINES=${ENGINES:-build/engines}
+engine=$ENGINES/$model-tp$tp${precision:+-$precision}
 
 python=$TPLLM_VENV/bin/python
 [ -x "$python" ] || { python=$TPLLM_PYTHON && export PYTHONPATH=$TPLLM_ROOT${PYTHONPATH:+:$PYTHONPATH}; }
@@ -40,7 +42,7 @@ bench() {
         --output-file "$RESULTS" "$@" </dev/null
 }
 
-mkdir -p "${ENGINES:-engines}"
+mkdir -p "$ENGINES"
 bench "${quantized[@]}" --max-batch-size 512 --max-input-len 1900 --max-seq-len 2412 --batch-sizes 1 8 32 \
     --input-len 128 --output-len 256 --prefill-lens 128 1024
 [ -z "$precision" ] || exit 0

@@ -120,7 +120,7 @@ class TorchOps:
 
     @property
     def _streams(self) -> bool:
-        """Products are to be compiled from scratch: of one row on a CPU, where PyTorch's own are four times slower."""
+        """Products are to be compiled from scratch: of one row on a CPU, where libraries are slower."""
         return torch.compiler.is_exporting() and self.program.device.type == "cpu" and self.tokens.shape[0] == 1
 
     @property
