@@ -81,7 +81,7 @@ def test_it_ends_when_it_is_not_wanted_any_more(tmp_path: Path) -> None:
 
 
 def test_it_ends_when_what_began_it_is_killed(tmp_path: Path) -> None:
-    code = f"import test_aside\nif __name__ == '__main__': test_aside.begin_slow({str(tmp_path / 'pid')!r})\n"
+    code = f"import test_aside\ntest_aside.begin_slow({str(tmp_path / 'pid')!r})\n"  # as users write scripts
     (tmp_path / "program.py").write_text(code, encoding="utf-8")
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     process = subprocess.Popen([sys.executable, str(tmp_path / "program.py")], env={**os.environ, "PYTHONPATH": path})
