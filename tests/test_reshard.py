@@ -102,6 +102,24 @@ def test_quantized_weights_are_refused_with_the_reason(algo: str, checkpoint: Pa
     assert algo in message and "for its own kernels" in message and "convert the original weights" in message
 
 
+@pytest.mark.parametrize("before", ["1", "4", "vocab", "hidden"])
+def test_a_head_that_is_the_embedding_table(before: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other tools leave it out; not where the table's columns are split, which the head's are not."""
+    meta = make_meta_dir(tmp_path / "meta", NAMED_SHAPES["tied"])
+    assert convert("--meta-ckpt-dir", meta, tmp_path / "first", *LAYOUTS[before]) == 0
+    assert convert("--meta-ckpt-dir", meta, tmp_path / "direct", "--tp-size", "2") == 0
+    (tmp_path / "first" / "manifest.json").unlink()
+    for path in (tmp_path / "first").glob("rank*.safetensors"):
+        tensors = load_file(path)
+        del tensors["lm_head.weight"]
+        save_file(tensors, path)
+    code = convert("--checkpoint-dir", tmp_path / "first", tmp_path / "second", "--tp-size", "2")
+    if before == "hidden":
+        assert code == 12 and "lacks tensor(s): lm_head.weight" in capsys.readouterr().err
+    else:
+        assert code == 0 and files(tmp_path / "second") == files(tmp_path / "direct")
+
+
 def test_a_missing_rank_is_named(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (checkpoint / "rank2.safetensors").unlink()
     assert convert("--checkpoint-dir", checkpoint, tmp_path / "out") == 12

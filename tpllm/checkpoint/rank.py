@@ -5,6 +5,7 @@ Only reading weights imports torch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from tpllm.errors import DataError, UsageError
 from tpllm.files import DIGEST, digest, json_digest, read_json
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
+from tpllm.sharding import Axis, shard
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' own
+HEAD, TABLE = "lm_head.weight", "transformer.vocab_embedding.weight"
 STORED_NAMES = DTYPE_NAMES | {"int8": "I8", "int32": "I32"}
 
 
@@ -105,13 +108,20 @@ def manifest_entry(directory: Path, mapping: Mapping) -> dict[str, Any] | None:
 
 
 class RankCheckpoint:
-    """One rank's weights, checked against its model's table: names, shapes and dtypes must be exactly those."""
+    """One rank's weights, checked against its model's table: names, shapes and dtypes must be exactly those.
+
+    Only a head that is the embedding table may be missing, as TensorRT-LLM leaves it out (`share_embedding_table`).
+    """
 
     def __init__(self, directory: Path, model: Model, mapping: Mapping) -> None:
         self.path = directory / rank_file(mapping.rank)
         self._file = open_weights(self.path)
         self.tensors = model.rank_tensors(mapping)
-        self._check_header()
+        header = read_header(self._file)
+        self._shares = HEAD not in header and TABLE in header and HEAD in self.tensors and (
+            self.tensors[TABLE][1][1] == self.tensors[HEAD][1][1])  # else its columns are split
+        self._head_of = functools.partial(shard, axes=(Axis.VOCAB, Axis.HIDDEN), config=model.config, mapping=mapping)
+        self._check(header)
         self._manifest = manifest_entry(directory, mapping)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -131,6 +141,9 @@ class RankCheckpoint:
     def _read(self, name: str) -> tuple[torch.Tensor, str]:
         from tpllm.checkpoint.safetensors_file import tensor_bytes
 
+        if name == HEAD and self._shares:
+            table, read = self._read(TABLE)  # whole, or split as the head is
+            return table if table.shape == self.tensors[HEAD][1] else self._head_of(table), read
         tensor = self._file.get_tensor(name)
         read = digest(tensor_bytes(tensor))
         if self._manifest and self._manifest["tensors"].get(name) != read:
@@ -138,13 +151,14 @@ class RankCheckpoint:
                             "copy or convert the checkpoint again")
         return tensor, read
 
-    def _check_header(self) -> None:
-        header = read_header(self._file)
-        for names, verb in ((self.tensors.keys() - header.keys(), "lacks"),
+    def _check(self, header: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        needed = self.tensors.keys() - ({HEAD} if self._shares else set())
+        for names, verb in ((needed - header.keys(), "lacks"),
                             (header.keys() - self.tensors.keys(), "has unknown")):
             if names:
                 raise DataError(f"{self.path} {verb} tensor(s): {', '.join(sorted(names)[:5])}")
-        for name, (dtype, shape) in self.tensors.items():
+        for name in sorted(needed):
+            dtype, shape = self.tensors[name]
             if header[name] != (STORED_NAMES[dtype], shape):
                 raise DataError(f"{self.path}: {name} is {header[name][0]} {list(header[name][1])}, config.json says "
                                 f"{STORED_NAMES[dtype]} {list(shape)}")
