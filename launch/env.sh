@@ -87,6 +87,9 @@ install() {
             "build give pip an index that has one: TPLLM_PIP_ARGS='--index-url …'"
         command+=(-c "$TPLLM_ROOT/constraints.txt")
     fi
+    # compat: the clone's path itself. Setuptools' own way comes after the current directory, in which a clone that is
+    # named tpllm would be taken for the package.
+    command+=(--config-settings editable_mode=compat)
     # shellcheck disable=SC2206 # several words are wanted
     command+=($TPLLM_PIP_ARGS -e "$TPLLM_ROOT${1:+[$1]}")
     say "\$ pip ${command[*]:2}"

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tpllm.devices import Device
 from tpllm.launch.console import ConsoleLines, ConsoleServer
 from tpllm.launch.estimate import all_reduce_note, all_reduce_share, weight_bytes
 from tpllm.launch.launchers import SESSION, Launcher, find_launcher
-from tpllm.launch.machine import address_towards, cores, gpus, is_this_host
+from tpllm.launch.machine import address_towards, cores, gpus, is_this_host, program
 from tpllm.launched import CONSOLE
 from tpllm.settings import DEFAULTS
 
@@ -80,9 +80,9 @@ def dry(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
     code = main(["launch", "--dry-run", *argv])
     printed, errors = capsys.readouterr()
     assert code == 0, errors
-    program = f" {sys.executable} -m tpllm run --engine-dir none --input-text 'a b'"
-    assert printed.endswith(program + "\n")
-    return [*printed.splitlines()[:-1], printed.splitlines()[-1].removesuffix(program)]
+    words = f" {shlex.join(program())} run --engine-dir none --input-text 'a b'"
+    assert printed.endswith(words + "\n")
+    return [*printed.splitlines()[:-1], printed.splitlines()[-1].removesuffix(words)]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -340,6 +340,14 @@ def test_gpus_without_peer_access_are_told_beforehand(install: Install, tmp_path
     assert ("launch: GPU 1 does not reach all others' memory: the 64 all-reduces of a token" in errors) == said
 
 
+def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script, where there is one beside Python, which a directory of its name does not hide."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert program() == [str(tmp_path / "bin" / "python"), "-m", "tpllm"]
+    script = executable(tmp_path / "bin" / "tpllm", "true")
+    assert program() == [str(script)]
+
+
 def test_this_host() -> None:
     for name in ("localhost", "127.0.0.1", socket.gethostname(), f"root@{socket.gethostname()}"):
         assert is_this_host(name)
@@ -542,9 +550,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield work / "engine"
 
 
-def launched(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def launched(*argv: str, stdin: str | None = None, by: Sequence[str] = (sys.executable, "-m", "tpllm")
+             ) -> subprocess.CompletedProcess[str]:
     source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-    return subprocess.run([sys.executable, "-m", "tpllm", "launch", "--timeout", "120", *argv], timeout=150, text=True,
+    return subprocess.run([*by, "launch", "--timeout", "120", *argv], timeout=150, text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **source)
 
 
@@ -573,6 +582,13 @@ def test_what_killed_launchers_left_does_not_matter(engine: Path, tmp_path: Path
         assert sorted(tmp_path.iterdir()) == before
         if mpirun(1, ["-c", ""], check=False).returncode == 0:
             pytest.skip("this mpirun starts in spite of what killed ones left, with or without launch")
+
+
+def test_beside_a_clone_of_that_name(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tpllm" / "tpllm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    done = launched("run", "--engine-dir", str(engine), "--input-text", "a", "--max-output-len", "2", by=program())
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_refusal_of_the_ranks_comes_through(engine: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tpllm.cli.scale import PASSED, RESULTS, Done, Sweep
 from tpllm.distributed import World
 from tpllm.engine.base import BuildConfig
 from tpllm.errors import UsageError
+from tpllm.launch.machine import program
 from tpllm.records import append_record, read_records
 
 SWEEP = ["scale", "--model", "tiny", "--backend", "eager", "--device", "cpu", "--dtype", "float32", "--tp-sizes", "1,2",
@@ -160,12 +160,13 @@ def test_an_array_job_has_a_task_for_each_tp_size(tmp_path: Path, machine: Machi
     assert not machine.commands
     [command] = [line for line in script.splitlines() if line.endswith(" &")]
     words = shlex.split(command.removesuffix(" &").replace("$SLURM_ARRAY_TASK_ID", "1"))
-    assert words[:3] == [sys.executable, "-m", "tpllm"] and words[3] == "scale"
-    task = make_parser().parse_args(dashed(words[3:]))
+    assert words[:len(program())] == program() and words[len(program())] == "scale"
+    words = words[len(program()):]
+    task = make_parser().parse_args(dashed(words))
     asked = make_parser().parse_args([*SWEEP, "--output-dir", str(tmp_path / "out"), "--launch", "--mpi srun",
                                       "--mixed", "--prefill-lens", "8", "--concurrency", "4"])
     assert {name: getattr(task, name) for name in PASSED} == {name: getattr(asked, name) for name in PASSED}
-    assert main(words[3:]) == 0
+    assert main(words) == 0
     assert [words[2] for words in machine.commands] == ["2"]  # task 1 is tp 2
 
 

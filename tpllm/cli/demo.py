@@ -7,12 +7,12 @@ import json
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tpllm.errors import DataError, RankError
+from tpllm.launch.machine import program
 
 HELP = "the shipped small model through the whole flow: convert, build, run on this machine"
 
@@ -51,7 +51,7 @@ def demo(args: argparse.Namespace, directory: Path) -> int:
     prompts = directory / "prompts.jsonl"
     print(f"demo: a LLaMA of 2.6 million parameters over {n} rank(s), launched by {launcher.path}")
     step(1, "Meta's two shards -> one file a rank",
-         [sys.executable, "-m", "tpllm", "convert", "--meta-ckpt-dir", str(MODEL_DIR), "--output-dir", str(checkpoint),
+         [*program(), "convert", "--meta-ckpt-dir", str(MODEL_DIR), "--output-dir", str(checkpoint),
           "--tp-size", str(n), "--dtype", "float32"], environment)
     step(2, f"every rank builds its engine ({backend})",
          on_ranks(["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(engine),
@@ -89,7 +89,7 @@ def usable_backend(wanted: str) -> str:
 
 def step(number: int, title: str, command: list[str], environment: dict[str, str]) -> None:
     """Run one command, shown as a user would type it."""
-    shown = shlex.join(command).replace(f"{sys.executable} -m tpllm", "tpllm")
+    shown = shlex.join(command).replace(shlex.join(program()), "tpllm")
     if shutil.which("mpirun") == command[0]:
         shown = shown.replace(command[0], "mpirun")
     print(f"\n[{number}/3] {title}\n$ {shown}", flush=True)

@@ -20,6 +20,7 @@ from tpllm.config import DTYPES
 from tpllm.engine import BACKENDS
 from tpllm.errors import RankError, UsageError
 from tpllm.files import source_key
+from tpllm.launch.machine import program
 from tpllm.records import append_record, read_records
 from tpllm.report.tables import fits
 from tpllm.settings import setting
@@ -290,7 +291,7 @@ class Sweep:
         log = logs / f"tp{tp}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         self.say(tp, "$ " + shlex.join(["tpllm", *words]))
         with log.open("ab") as file:
-            code = subprocess.run([sys.executable, "-m", "tpllm", *words], stdin=subprocess.DEVNULL, stdout=file,
+            code = subprocess.run([*program(), *words], stdin=subprocess.DEVNULL, stdout=file,
                                   stderr=subprocess.STDOUT).returncode
         if code == 130:
             raise KeyboardInterrupt

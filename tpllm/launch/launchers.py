@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tpllm.errors import PreflightError
 from tpllm.launch.hostfile import Host
+from tpllm.launch.machine import program
 from tpllm.settings import seconds, setting
 
 # What ranks on other hosts need of this environment. Not CUDA_VISIBLE_DEVICES: it may differ from host to host.
@@ -62,8 +63,7 @@ class Launcher:
         environment = os.environ if environment is None else environment
         words = {"openmpi": self._openmpi, "mpich": self._hydra, "srun": self._srun}[self.dialect](
             job, hostfile, environment)
-        argv = [self.path, *words, *shlex.split(setting("TPLLM_LAUNCH_ARGS")), sys.executable, "-m", "tpllm",
-                *job.argv]
+        argv = [self.path, *words, *shlex.split(setting("TPLLM_LAUNCH_ARGS")), *program(), *job.argv]
         return Command(argv, self.variables())
 
     def variables(self) -> dict[str, str]:

@@ -1,11 +1,21 @@
-"""What launch has to know of this machine: its cores, its GPUs, and whether a host's name is its own."""
+"""What launch has to know of this machine: how tpllm is started, cores, GPUs, and whether a host's name is its own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import sys
 from pathlib import Path
+
+
+def program() -> list[str]:
+    """The words that start tpllm: the script beside this Python, else its module.
+
+    With `-m`, a directory `tpllm` in the current one, such as a clone's, may hide the package.
+    """
+    script = Path(sys.executable).with_name("tpllm")
+    return [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-m", "tpllm"]
 
 
 def cores() -> int:

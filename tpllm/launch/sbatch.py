@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm.errors import PreflightError, UsageError
+from tpllm.launch.machine import program
 from tpllm.settings import setting
 
 MAX_REQUEUES = 10  # a job that is interrupted more often than this makes no progress
@@ -155,7 +156,7 @@ def command(options: BatchOptions, verb: str, rest: list[str], ranked: bool) -> 
     arguments = [verb, *(shell_word(word) for word in rest)]
     if not options.container:
         launch = ["launch", *(["--mpi", "srun"] if options.launcher == "srun" else [])] if ranked else []
-        return " ".join([shlex.quote(sys.executable), "-m", "tpllm", *launch, *arguments])
+        return " ".join([*map(shlex.quote, program()), *launch, *arguments])
     words = ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", *(["--mpi=pmix"] if ranked else ["--ntasks=1"])]
     mounts = shlex.quote(options.container_mounts) if options.container_mounts else '"$PWD:$PWD"'
     image = shlex.quote(options.container)
