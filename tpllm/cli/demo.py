@@ -42,7 +42,7 @@ def demo(args: argparse.Namespace, directory: Path) -> int:
         raise DataError(f"the demo model is not in this installation ({MODEL_DIR})")
     launcher, n, started = find_launcher(), args.ranks, time.perf_counter()
     backend = usable_backend(args.backend)
-    environment = {**launcher.environment(), "TPLLM_LOG_DIR": str(directory / "logs")}
+    environment = {**launcher.environment(str(directory)), "TPLLM_LOG_DIR": str(directory / "logs")}
 
     def on_ranks(argv: list[str]) -> list[str]:
         return launcher.command(Job(n, argv, oversubscribe=n > cores())).argv

@@ -19,8 +19,8 @@ from tpllm.settings import seconds, setting
 
 # What ranks on other hosts need of this environment. Not CUDA_VISIBLE_DEVICES: it may differ from host to host.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "CC", "CXX")
-SESSION = "PRTE_MCA_prte_local_tmpdir_base"  # where Open MPI 5's mpirun keeps its files; 4 does not look at it
 PASSED_PREFIXES = ("TPLLM_", "NCCL_", "HF_", "UCX_", "MPI4PY_")
+SESSION = "PRTE_MCA_prte_local_tmpdir_base"  # where Open MPI 5's mpirun keeps its files; 4 does not look at it
 
 
 @dataclass(frozen=True)
