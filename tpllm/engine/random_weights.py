@@ -19,7 +19,7 @@ def random_weights(model: Model, mapping: Mapping, device: torch.device) -> Iter
     """One by one what a rank's checkpoint file would hold, on `device`.
 
     Each weight is drawn in full from a seed of its own and then cut as `convert` cuts it; so it takes the memory of
-    the largest one, and devices of different kinds draw different numbers.
+    a whole weight and its part, and devices of different kinds draw different numbers.
     """
     config, dtype = model.config, getattr(torch, model.config.dtype)
     for name, weight, layer in model.rank_weights(mapping):

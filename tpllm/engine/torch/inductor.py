@@ -58,7 +58,7 @@ class InductorBackend(Backend):
                 rank = prepare_rank(config, mapping, checkpoint_dir, model_file, world)
                 single = Single(config, mapping, model_file, rank.program.device, compiler)
                 # The first rank of a host compiles in any case, so it need not wait for what the others' graphs are.
-                if world.local_rank == 0 and has_room_twice(rank.program):
+                if world.local_rank == 0 and has_room_twice(rank.program, 1):
                     single.begin(stack)
                 return rank, single, GRAPHS["mixed"](rank.program, config)
 
@@ -73,6 +73,8 @@ class InductorBackend(Backend):
 
             def compile_graphs() -> None:
                 if leader == world.rank:
+                    if world.local_rank > 0 and has_room_twice(rank.program, world.local_size):
+                        single.begin(stack)
                     members = {"mixed.pt2": compile_package(mixed, single.compiler),
                                f"{single.name}.pt2": single.made(),
                                ISA: " ".join(sorted(features(single.device))).encode()}
@@ -153,10 +155,10 @@ def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: 
     return compile_package(GRAPHS[name](StepProgram(model, mapping, device), config), compiler)
 
 
-def has_room_twice(program: StepProgram) -> bool:
-    """Whether there is room for another process: a second core, and on GPUs for its weights, which export needs."""
+def has_room_twice(program: StepProgram, compiling: int) -> bool:
+    """Whether each of so many ranks has room for another process: a core, or a GPU's memory for its weights."""
     if program.device.type == "cpu":
-        return len(os.sched_getaffinity(0)) > 1
+        return len(os.sched_getaffinity(0)) >= 2 * compiling
     weights = sum(parameter.nbytes for parameter in program.parameters())
     return bool(torch.cuda.mem_get_info(program.device)[0] > weights + SPARE)
 
