@@ -231,9 +231,12 @@ def test_demo_without_a_compiler_falls_back_to_eager() -> None:
     assert re.search(r"demo: (\d+) of \1 checkable answers are right", done.stdout)
 
 
-def test_an_abort_that_never_returns() -> None:
-    done = mpirun(2, [str(HERE / "ending_program.py"), "abort"], timeout=60, check=False)
+@pytest.mark.parametrize("kind", ["abort", "twice"])
+def test_an_abort_that_never_returns(kind: str) -> None:
+    """It is begun once, also by a rank that fails while its heartbeat tells of another's failure."""
+    done = mpirun(2, [str(HERE / "ending_program.py"), kind], timeout=60, check=False)
     assert done.returncode == 12 and "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
+    assert done.stdout.count("called MPI_Abort") == 1
 
 
 def test_an_end_of_mpi_that_never_returns(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class World:
         self._heartbeat: Heartbeat | None = None
         self._oom_kills = oom_kills()
         self._ends: queue.SimpleQueue[tuple[float, int]] = queue.SimpleQueue()
+        self._aborting = threading.Lock()
         if self.size > 1:
             # From the start on: at the end of the program no thread can be started any more.
             threading.Thread(target=self._end_within, name="tpllm-end", daemon=True).start()
@@ -131,6 +132,8 @@ class World:
         sys.stderr.flush()
         self._ends.put((ABORT_SECONDS, code))
         if self.comm and self.size > 1:
+            # Never released: this thread and the heartbeat's may come at once, in which Open MPI 4 crashes.
+            self._aborting.acquire()
             mpi_call("MPI_Abort", ctypes.c_void_p(_mpi()._handleof(self.comm)), code)
         os._exit(code)
 
