@@ -6,6 +6,7 @@ import atexit
 import os
 import socket
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,5 +171,7 @@ def start_group(world: World, device: torch.device) -> None:
                              "begins; open it, or set NCCL_SOCKET_IFNAME's network up")
     store = TCPStore(str(found), port, world.size, world.is_first, timedelta(seconds=60), wait_for_workers=False,
                           master_listen_fd=server.detach() if server else None)
+    hook = sys.excepthook
     dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size, device_id=device)
+    sys.excepthook = hook  # PyTorch's prints what ours says once that returns, which it never does
     atexit.register(dist.destroy_process_group)  # before MPI's own end: the last registered comes first
