@@ -65,7 +65,7 @@ class Made:
 
         def one(tokens: Tensor, start: Tensor, length: Tensor, cache: Tensor) -> Tensor:
             zero = torch.zeros(1, dtype=torch.int32)
-            return program(tokens, torch.tensor([0, 1], dtype=torch.int32), start, length, zero, cache)
+            return program(tokens, torch.tensor([1], dtype=torch.int32), start, length, zero, cache)
 
         self.engine = cuda.CudaEngine(config, mixed, one, CPU, ROWS)
         self.engine._cache.fill_(float("nan"))  # what nobody wrote must not be read

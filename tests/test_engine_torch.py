@@ -20,6 +20,7 @@ from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
 from tpllm.distributed import World
 from tpllm.engine.base import EngineConfig, RankEngine, StepInput, engine_file, read_engine, versions, write_engine
+from tpllm.engine.torch.base import prompt_starts
 from tpllm.engine.torch.eager import EagerBackend
 from tpllm.engine.torch.program import token_places
 from tpllm.errors import TpllmError
@@ -169,12 +170,24 @@ def test_16_bit_engines_are_close(dtype: torch.dtype, build: Build) -> None:
     assert float(error) < 4 * torch.finfo(dtype).eps
 
 
-def test_every_packed_token_has_its_position_and_its_row() -> None:
-    ints = [torch.tensor(a, dtype=torch.int32) for a in ([0, 3, 4, 5], [100, 7, 0], [5000, 4321, 1])]
-    positions, slots = token_places(5, *ints)
-    assert positions.tolist() == [4997, 4998, 4999, 4320, 0]
-    assert slots.tolist() == [5097, 5098, 5099, 4327, 0]
+@pytest.mark.parametrize("counts", [[3, 1, 1], [1, 1, 3], [1, 2, 1, 4], [1, 1], [1], [5], [1, 1, 2]])
+def test_every_packed_token_has_its_position_and_its_row(counts: list[int]) -> None:
+    """Wherever the sequences of one token stand."""
+    ends = np.cumsum([0, *counts], dtype=np.int32)
+    start, length = [100 * i + 7 for i in range(len(counts))], [50 * i + count for i, count in enumerate(counts)]
+    ints = [np.array(a, np.int32) for a in (start, length)]
+    step = StepInput(np.zeros(ends[-1], np.int32), ends, *ints, np.zeros(0, np.int32))
+    positions, slots = token_places(int(ends[-1]), *map(torch.from_numpy, (prompt_starts(step), *ints)))
+    expected = [(length[i] - count + j, start[i] + length[i] - count + j)
+                for i, count in enumerate(counts) for j in range(count)]
+    assert list(zip(positions.tolist(), slots.tolist(), strict=True)) == expected
     assert positions.dtype == slots.dtype == torch.int64
+
+
+def test_sequences_of_one_token_are_told_by_their_number() -> None:
+    for counts, starts in (([3, 1], [0, 3, 4]), ([1, 1, 3, 1], [2, 5, 6]), ([1, 1], [2]), ([2], [0, 2])):
+        ends = np.cumsum([0, *counts], dtype=np.int32)
+        assert prompt_starts(StepInput(*[np.zeros(0, np.int32), ends] + [np.zeros(0, np.int32)] * 3)).tolist() == starts
 
 
 # Graphs of several ranks, as far as one process can see them

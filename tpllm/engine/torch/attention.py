@@ -18,7 +18,7 @@ library.define(
 )
 library.define(
     "rotate_and_attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache, int layer, "
-    "Tensor slots, Tensor query_start, Tensor start, Tensor length, Tensor flash_length) -> Tensor"
+    "Tensor slots, Tensor query_start, Tensor start, Tensor length) -> Tensor"
 )
 
 # One operator, or the compiler would make cosines and sines again in each layer.
@@ -48,28 +48,35 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tens
 @torch.library.impl(library, "rotate_and_attend", "CUDA")
 def _rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                        cache: torch.Tensor, layer: int, slots: torch.Tensor, query_start: torch.Tensor,
-                       start: torch.Tensor, length: torch.Tensor, flash_length: torch.Tensor) -> torch.Tensor:
+                       start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     # Triton is there on machines with GPUs only.
     from tpllm.engine.torch.kernels.decode import decode_attention
     from tpllm.engine.torch.kernels.rotate import rotate_and_store
 
     keys, values = cache[layer]
-    if q.shape[0] == length.shape[0]:  # one new token each, whose number the host knows without asking
+    singles = single_tokens(query_start, length)
+    if singles == q.shape[0]:
         return decode_attention(q, k, v, cos, sin, keys, values, start, length)
     rotated = rotate_and_store(q, k, v, cos, sin, keys, values, slots)
     if not flash_takes(q):
         return _attend_each(rotated, keys, values, query_start, start, length)
-    out = flash_attention(rotated, keys, values, query_start, start, flash_length)
-    if length.shape[0] > 1:  # some may have one token, for which flash attention is slow
-        decode_attention(q, k, v, cos, sin, keys, values, start, length, (query_start, out))
+    out = flash_attention(rotated, keys, values, query_start, start[singles:], length[singles:], q.shape[0] - singles)
+    if singles:  # for which flash attention is slow
+        decode_attention(q[:singles], k[:singles], v[:singles], cos, sin, keys, values, start[:singles],
+                         length[:singles], out[:singles])
     return out
+
+
+def single_tokens(query_start: torch.Tensor, length: torch.Tensor) -> int:
+    """How many sequences have one token each and stand before those of `query_start`; known from the shapes alone."""
+    return length.shape[0] - query_start.shape[0] + 1
 
 
 def _attend_each(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, query_start: torch.Tensor,
                  start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """One sequence after the other; the host must know their places."""
     out = torch.empty_like(q)
-    bounds = query_start.tolist()
+    bounds = [*range(single_tokens(query_start, length)), *query_start.tolist()]
     for i, (first, total) in enumerate(zip(start.tolist(), length.tolist(), strict=False)):
         part = slice(bounds[i], bounds[i + 1])
         run = slice(first, first + total)
@@ -98,7 +105,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, la
 @torch.library.register_fake("tpllm::rotate_and_attend", lib=library)
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor,
       layer: int, slots: torch.Tensor, query_start: torch.Tensor, start: torch.Tensor,
-      length: torch.Tensor, flash_length: torch.Tensor) -> torch.Tensor:
+      length: torch.Tensor) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
@@ -107,8 +114,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tenso
            length: torch.Tensor) -> torch.Tensor:
     """Store `k`, `v` `[T, kv_heads/tp, head_size]` at arena rows `slots [T]`, then attend causally.
 
-    `q` and the result are `[T, heads/tp, head_size]`; sequence i has query rows `query_start[i:i+2]` and the
-    arena rows `start[i] … start[i] + length[i]`, its new tokens included.
+    `q` and the result are `[T, heads/tp, head_size]`; sequence i has the arena rows `start[i] … start[i] + length[i]`,
+    its new tokens included. Query rows: one for each of the first sequences; of the last ones those that begin at
+    `query_start [P+1]`, which ends with T.
     """
     result: torch.Tensor = torch.ops.tpllm.attend(q, k, v, cache, layer, slots, query_start, start, length)
     return result
@@ -116,14 +124,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tenso
 
 def rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                       cache: torch.Tensor, layer: int, slots: torch.Tensor, query_start: torch.Tensor,
-                      start: torch.Tensor, length: torch.Tensor, flash_length: torch.Tensor) -> torch.Tensor:
+                      start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """`attend` on CUDA, of `q` and `k` that are still to be rotated by `cos`, `sin` `[T, head_size/2]`.
 
-    `start` has an entry more than there are sequences, of any value: flash attention wants the room. `flash_length`
-    is `length`, 0 for sequences of one new token.
+    `start` has an entry more than there are sequences, of any value: flash attention wants the room.
     """
     result: torch.Tensor = torch.ops.tpllm.rotate_and_attend(
-        q, k, v, cos, sin, cache, layer, slots, query_start, start, length, flash_length)
+        q, k, v, cos, sin, cache, layer, slots, query_start, start, length)
     return result
 
 

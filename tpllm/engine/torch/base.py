@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.distributed import World
@@ -64,8 +66,17 @@ class TorchEngine(Engine):
     def step(self, step: StepInput) -> torch.Tensor:
         """Float32 logits `[R, vocab]`."""
         copy_rows(self._cache, step)
-        arrays = (step.tokens, step.query_start, step.start, step.length, step.rows)
+        arrays = (step.tokens, prompt_starts(step), step.start, step.length, step.rows)
         return self._program(*(torch.from_numpy(a).to(self._cache.device) for a in arrays), self._cache)
+
+
+def prompt_starts(step: StepInput) -> NDArray[np.int32]:
+    """`query_start` without the sequences of one token before the first longer one: their number says where they are.
+
+    Attention answers those by a kernel of their own; schedulers put them first.
+    """
+    longer = np.diff(step.query_start) > 1
+    return step.query_start[int(longer.argmax()) if longer.any() else len(longer):]
 
 
 def make_cache(config: EngineConfig, device: torch.device, rows: int) -> torch.Tensor:
@@ -155,10 +166,10 @@ def connect_gpus(config: EngineConfig, device: torch.device, world: World) -> Co
     return Communicator(world, device, config.model.hidden_size, getattr(torch, config.model.dtype))
 
 
-def example_inputs(config: EngineConfig, device: torch.device, tokens: int, batch: int, rows: int,
+def example_inputs(config: EngineConfig, device: torch.device, tokens: int, prompts: int, batch: int, rows: int,
                    capacity: int) -> tuple[torch.Tensor, ...]:
     """Inputs of `StepProgram.forward` of the right shapes and dtypes, for export."""
-    sizes = (tokens, batch + 1, batch, batch, rows)
+    sizes = (tokens, prompts + 1, batch, batch, rows)
     ints = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
     return (*ints, make_cache(config, device, capacity))
 
@@ -167,20 +178,20 @@ def export_step(program: StepProgram, config: EngineConfig, single: bool) -> tor
     """The graph of a step: of exactly one token (`single`), or of any number of tokens and sequences."""
     if single:
         shapes, inputs = None, example_inputs(
-            config, program.device, 1, 1, 1, config.build.max_batch_size * config.build.max_seq_len)
+            config, program.device, 1, 0, 1, 1, config.build.max_batch_size * config.build.max_seq_len)
     else:
         dim = torch.export.Dim
         tokens, rows = dim("tokens", min=2), dim("rows", min=1)
-        batch = dim("batch", min=1)
+        batch, starts = dim("batch", min=1), dim("starts", min=1)
         capacity = dim("capacity", min=2)
-        shapes = ({0: tokens}, {0: batch + 1}, {0: batch}, {0: batch}, {0: rows}, {2: capacity})
-        inputs = example_inputs(config, program.device, 7, 3, 5, capacity=32)
+        shapes = ({0: tokens}, {0: starts}, {0: batch}, {0: batch}, {0: rows}, {2: capacity})
+        inputs = example_inputs(config, program.device, 9, 2, 4, 5, capacity=32)
     return export(program, inputs, shapes)
 
 
 def export_decode(program: StepProgram, config: EngineConfig) -> torch.export.ExportedProgram:
     """The graph of `DecodeProgram`."""
-    tokens, _, start, length, _, cache = example_inputs(config, program.device, 1, 1, 1, capacity=32)
+    tokens, _, start, length, _, cache = example_inputs(config, program.device, 1, 0, 1, 1, capacity=32)
     shapes = (None, None, None, {2: torch.export.Dim("capacity", min=2)})
     return export(DecodeProgram(program), (tokens, start, length, cache), shapes)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpllm.engine.base import Engine, EngineConfig, StepInput
-from tpllm.engine.torch.base import Step, copy_rows, make_cache
+from tpllm.engine.torch.base import Step, copy_rows, make_cache, prompt_starts
 from tpllm.engine.torch.collectives import communicator
 from tpllm.engine.torch.memory import SPARE_ROWS
 from tpllm.engine.torch.private import flash_takes
@@ -84,7 +84,8 @@ class CudaEngine(Engine):
         # Tokens, their places in `_fed` or -1, first cache rows, lengths.
         self._inputs = torch.zeros((4, aligned(build.max_batch_size)), dtype=torch.int32, device=device)
         self._fed = torch.zeros(aligned(build.max_batch_size), dtype=torch.int32, device=device)
-        self._each = torch.arange(build.max_batch_size + 1, dtype=torch.int32, device=device)
+        self._each = torch.arange(build.max_batch_size, dtype=torch.int32, device=device)
+        self._no_prompts = torch.tensor([build.max_batch_size], dtype=torch.int32, device=device)
         capture = Capture()
         with torch.inference_mode():
             # The largest first, so that the others find their memory already there. Without flash attention prompts
@@ -97,13 +98,12 @@ class CudaEngine(Engine):
         nothing = np.zeros(0, np.int32)
         self._put(nothing, None, nothing, nothing, size)
         given, fed, start, length = (line[:size] for line in self._inputs)
-        each = self._each[:size + 1]  # query starts, and which rows are wanted
 
         def run() -> torch.Tensor:
             tokens = self._known(given, fed)
             if size == 1:
                 return self._one(tokens, start, length, self._cache)
-            return self._mixed(tokens, each, start, length, each[:size], self._cache)
+            return self._mixed(tokens, self._no_prompts, start, length, self._each[:size], self._cache)
 
         return capture(run)
 
@@ -165,7 +165,7 @@ class CudaEngine(Engine):
         # Compiled code is not made for no rows at all.
         rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
         fed = step.fed if step.fed is not None else np.zeros(0, np.int32)
-        arrays = (step.tokens, step.query_start, step.start, step.length, rows, fed)
+        arrays = (step.tokens, prompt_starts(step), step.start, step.length, rows, fed)
         packed = torch.from_numpy(pack(arrays)).to(self._cache.device, non_blocking=True)
         *inputs, unknown = unpack(packed, [len(array) for array in arrays])
         if len(fed):

@@ -112,5 +112,5 @@ class DecodeProgram(nn.Module):
     def forward(self, tokens: Tensor, start: Tensor, length: Tensor, cache: Tensor) -> Tensor:
         """`tokens`, `start`, `length` `[1]` and the arena → float32 logits `[1, vocab]`."""
         positions = length - 1
-        runs = (length, start, length)  # where queries start is not asked for
+        runs = (length, start, length)  # one sequence, and it has one token: any `query_start` of one entry says so
         return self.step.model.forward(FusedOps(self.step, tokens, positions, start + positions, runs, None, cache))

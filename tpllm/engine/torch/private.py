@@ -100,14 +100,16 @@ def flash_takes(q: torch.Tensor) -> bool:
 
 
 def flash_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, query_start: torch.Tensor,
-                    start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+                    start: torch.Tensor, length: torch.Tensor, longest: int) -> torch.Tensor:
     """Causal attention `[T, heads, size]` of packed queries to runs of rows of `keys`, `values`.
 
     Places stay on the device: the kernel takes any first row and, with `seqused_k`, any length of each run;
-    `start [B+1]` only has to be long enough. The longest query is bounded by `T`; blocks beyond one's own end at once.
+    `start [P+1]` only has to be long enough. No query is longer than `longest`: of each sequence so many rows get
+    blocks, of which those beyond its own end at once (H200: 0.5 µs for each 264 of them). Rows of `q` before the first
+    of `query_start [P+1]` have no result.
     """
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        q, keys, values, query_start, start, q.shape[0], keys.shape[0], 0.0, True, False, seqused_k=length)[0]
+        q, keys, values, query_start, start, longest, keys.shape[0], 0.0, True, False, seqused_k=length)[0]
     return out
 
 

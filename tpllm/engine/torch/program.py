@@ -88,7 +88,8 @@ class StepProgram(nn.Module):
 
     def forward(self, tokens: Tensor, query_start: Tensor, start: Tensor, length: Tensor, rows: Tensor,
                 cache: Tensor) -> Tensor:
-        """The arrays of `StepInput` and the arena → float32 logits `[R, vocab]`."""
+        """The arrays of `StepInput`, of `query_start` what `prompt_starts` leaves, and the arena → float32 logits
+        `[R, vocab]`."""
         positions, slots = token_places(tokens.shape[0], query_start, start, length)
         return self.model.forward(TorchOps(self, tokens, positions, slots, (query_start, start, length), rows, cache))
 
@@ -109,10 +110,8 @@ class TorchOps:
         self._normed: tuple[Tensor, Tensor] | None = None  # the last sum that was normed in the same kernel, its norm
         if self._fused:
             query_start, start, length = runs
-            self.flash_length = length  # of one sequence alone nobody asks for it
             if rows is not None:
                 self.runs = (query_start, F.pad(start, (0, 1)), length)
-                self.flash_length = length.where(query_start.diff() > 1, 0)
             self.cos, self.sin = rotation(positions, self._get(INV_FREQ))
         else:
             angles = positions[:, None].float() * self._get(INV_FREQ)
@@ -199,8 +198,7 @@ class TorchOps:
             q, k = before
         else:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        return rotate_and_attend(
-            q, k, v, cos, sin, self.cache, layer, self.slots, *self.runs, self.flash_length).flatten(1)
+        return rotate_and_attend(q, k, v, cos, sin, self.cache, layer, self.slots, *self.runs).flatten(1)
 
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -234,11 +232,18 @@ class TorchOps:
 
 
 def token_places(count: int, query_start: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """(position in its sequence, row in the arena) of each of `count` packed tokens, both int64 `[T]`."""
+    """(position in its sequence, row in the arena) of each of `count` packed tokens, both int64 `[T]`.
+
+    The last P of the B sequences begin at `query_start [P+1]`, which ends with T; those before have one token each.
+    """
     index = torch.arange(count, device=query_start.device)
     # Of the whole of `query_start`: of a slice of it, Inductor (torch 2.11, CUDA) searches what the slice begins in.
+    begun = torch.searchsorted(query_start, index.to(query_start.dtype), right=True)
+    prompts = query_start.shape[0] - 1
+    singles = length.shape[0] - prompts
+    single = begun == 0
     # Within bounds on any input: compilers try a graph on zeros.
-    found = torch.searchsorted(query_start, index.to(query_start.dtype), right=True)
-    owner = found.clamp(max=length.shape[0]) - 1
-    positions = length[owner] - (query_start[owner + 1] - index)
+    owner = torch.where(single, index, singles + begun - 1).clamp(max=length.shape[0] - 1)
+    end = torch.where(single, index + 1, query_start[begun.clamp(max=prompts)])
+    positions = length[owner] - (end - index)
     return positions, start[owner] + positions

@@ -1,7 +1,5 @@
 """Decode attention: rotation, cache store and attention of one new token a sequence in a single kernel.
 
-In a step that also holds longer parts of prompts it answers only the sequences of one new token.
-
 A program handles one sequence, one key/value head with all query heads that share it, and one of `SPLITS` parts
 of the sequence's cached rows; the last of them to finish merges the parts, always in the same order. Start and
 length are read on the device, so that a captured launch serves every step of its batch size. It is launched
@@ -55,7 +53,7 @@ def _merge(acc_parts, m_parts, sum_parts, out, base, part0, SIZE: tl.constexpr, 
 
 
 @triton.jit
-def _new_token(q1, q2, k, v, c, s, keys, values, t, head, split, row, h, k_stride, v_stride, scale,
+def _new_token(q1, q2, k, v, c, s, keys, values, b, head, split, row, h, k_stride, v_stride, scale,
                KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr):
     """Where a program's softmax starts: the first split has the new token and stores it, others have nothing."""
     in_half = (h < SIZE // 2)[None, :]
@@ -64,7 +62,7 @@ def _new_token(q1, q2, k, v, c, s, keys, values, t, head, split, row, h, k_strid
     acc1, acc2 = tl.zeros([BLOCK_G, BLOCK_H], tl.float32), tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
     if split == 0:
         # The new token's own key and value never pass through the cache: no other program may wait for them.
-        k_row, v_row = t * k_stride + head * SIZE, t * v_stride + head * SIZE
+        k_row, v_row = b * k_stride + head * SIZE, b * v_stride + head * SIZE
         k1, k2 = _rotate(_load_half(k, k_row, 0, h[None, :], in_half, SIZE),
                          _load_half(k, k_row, 1, h[None, :], in_half, SIZE), c, s)
         v1, v2 = _load_half(v, v_row, 0, h[None, :], in_half, SIZE), _load_half(v, v_row, 1, h[None, :], in_half, SIZE)
@@ -82,12 +80,12 @@ def _new_token(q1, q2, k, v, c, s, keys, values, t, head, split, row, h, k_strid
 
 
 @triton.jit
-def _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b, t, head, split, g, h,
+def _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b, head, split, g, h,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
             BLOCK_H: tl.constexpr):
     """Write the output, or this split's part of it; the last split merges."""
     in_group, in_half = (g < GROUP)[:, None], (h < SIZE // 2)[None, :]
-    base = (t * KV_HEADS + head) * GROUP * SIZE
+    base = (b * KV_HEADS + head) * GROUP * SIZE
     if SPLITS == 1:
         to = out + base + g[:, None] * SIZE + h[None, :]
         tl.store(to, (acc1 / total[:, None]).to(out.dtype.element_ty), mask=in_group & in_half)
@@ -107,27 +105,22 @@ def _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b
 
 
 @triton.jit
-def _decode(q, k, v, cos, sin, keys, values, query_start, start, length, out, acc_parts, m_parts, sum_parts, tickets,
+def _decode(q, k, v, cos, sin, keys, values, start, length, out, acc_parts, m_parts, sum_parts, tickets,
             q_stride, k_stride, v_stride, scale,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
-            PACKED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+            BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     head, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t = b  # the sequence's only token in this step
-    if PACKED:
-        t = tl.load(query_start + b)
-        if tl.load(query_start + b + 1) - t != 1:
-            return
     g, h, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     in_group = (g < GROUP)[:, None]
     past = tl.load(length + b) - 1
     first_row = tl.load(start + b).to(tl.int64)
-    c = tl.load(cos + t * (SIZE // 2) + h, mask=h < SIZE // 2, other=0.0)[None, :]
-    s = tl.load(sin + t * (SIZE // 2) + h, mask=h < SIZE // 2, other=0.0)[None, :]
-    q_rows = t * q_stride + (head * GROUP + g)[:, None] * SIZE
+    c = tl.load(cos + b * (SIZE // 2) + h, mask=h < SIZE // 2, other=0.0)[None, :]
+    s = tl.load(sin + b * (SIZE // 2) + h, mask=h < SIZE // 2, other=0.0)[None, :]
+    q_rows = b * q_stride + (head * GROUP + g)[:, None] * SIZE
     q1, q2 = _rotate(_load_half(q, q_rows, 0, h[None, :], in_group, SIZE),
                      _load_half(q, q_rows, 1, h[None, :], in_group, SIZE), c, s)
     row_stride = KV_HEADS * SIZE
-    m, total, acc1, acc2 = _new_token(q1, q2, k, v, c, s, keys, values, t, head, split, first_row + past, h,
+    m, total, acc1, acc2 = _new_token(q1, q2, k, v, c, s, keys, values, b, head, split, first_row + past, h,
                                       k_stride, v_stride, scale, KV_HEADS, SIZE, BLOCK_G, BLOCK_H)
     chunk = tl.cdiv(tl.cdiv(past, SPLITS), BLOCK_N) * BLOCK_N
     end = tl.minimum(past, (split + 1) * chunk)
@@ -148,7 +141,7 @@ def _decode(q, k, v, cos, sin, keys, values, query_start, start, length, out, ac
         acc2 = tl.dot(p.to(v2.dtype), v2, acc2 * fade[:, None], input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         m = m_new
-    _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b, t, head, split, g, h,
+    _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b, head, split, g, h,
             KV_HEADS, GROUP, SIZE, SPLITS, BLOCK_H)
 
 
@@ -167,25 +160,24 @@ def tickets(device: torch.device) -> torch.Tensor:
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                      keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, length: torch.Tensor,
-                     packed: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+                     out: torch.Tensor | None = None) -> torch.Tensor:
     """`[T, heads, size]` from unrotated `q [T, heads, size]`, `k`, `v [T, kv_heads, size]`.
 
     `keys`, `values` `[capacity, kv_heads, size]` are one layer's cache; row `start + length - 1` of each sequence
-    is written. `cos`, `sin` are `[T, size/2]` float32. Every sequence has one token, or with `packed`, which is
-    `query_start [B+1]` and the result so far, only those that have one are answered.
+    is written. `cos`, `sin` are `[T, size/2]` float32. The result is written to `out` where it is given.
     """
     heads, size = q.shape[1:]
     batch, kv_heads = length.shape[0], k.shape[1]
     group = heads // kv_heads
     assert batch * kv_heads <= TICKETS, "a batch of this size needs more tickets"
     splits = splits_for(batch * kv_heads)
-    query_start, out = packed or (length, torch.empty((batch, heads, size), dtype=q.dtype, device=q.device))
+    out = torch.empty((batch, heads, size), dtype=q.dtype, device=q.device) if out is None else out
     acc = torch.empty((batch * heads * splits * size if splits > 1 else 1,), dtype=torch.float32, device=q.device)
     m, sums = (torch.empty((batch * heads * splits,), dtype=torch.float32, device=q.device) for _ in range(2))
     _decode[(kv_heads, splits, batch)](
-        q, k, v, cos, sin, keys, values, query_start, start, length, out, acc, m, sums, tickets(q.device),
+        q, k, v, cos, sin, keys, values, start, length, out, acc, m, sums, tickets(q.device),
         q.stride(0), k.stride(0), v.stride(0), size ** -0.5 * 1.4426950408889634,
-        KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, PACKED=packed is not None,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_H=max(16, triton.next_power_of_2(size // 2)),
-        BLOCK_N=BLOCK_N, num_warps=4, num_stages=2 if q.dtype == torch.float32 else 3)
+        KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_H=max(16, triton.next_power_of_2(size // 2)), BLOCK_N=BLOCK_N, num_warps=4,
+        num_stages=2 if q.dtype == torch.float32 else 3)
     return out
