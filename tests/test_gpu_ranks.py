@@ -28,6 +28,8 @@ ENGINES = [("eager", HEAD64, "float32"), ("eager", LLAMA31_GQA, "bfloat16"), ("i
            ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16")]
 IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
 WAYS = {"auto": {}, "push": {}, "two-shot": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
+CASES = [(way, case) for way in WAYS for case, (_, _, dtype) in enumerate(ENGINES)
+         if way != "two-shot" or dtype != "float16"]  # which PyTorch's kernel does not sum
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
@@ -71,6 +73,8 @@ def ran(made: Made, way: str) -> Path:
     out.mkdir()
     jobs: list[dict[str, Any]] = [{"hosts": 2}] if way == "two hosts" else []
     for i, (_, shape, _) in enumerate(ENGINES):
+        if (way, i) not in CASES:
+            continue
         ids = out / f"ids{i}.csv"
         ids.write_text("".join(",".join(map(str, p)) + "\n" for p in made.prompts(shape)), encoding="utf-8")
         run = ["run", "--engine-dir", str(made.engine(i)), "--input-file", str(ids), "--ignore-eos",
@@ -99,8 +103,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Made(tmp_path_factory.mktemp(f"gpus{request.param}"), request.param)
 
 
-@pytest.mark.parametrize("case", range(len(ENGINES)), ids=IDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "case"), CASES, ids=[f"{way}-{IDS[case]}" for way, case in CASES])
 def test_logits(way: str, case: int, made: Made) -> None:
     found = torch.load(ran(made, way) / f"logits{case}.pt", map_location="cpu")
     for ids, logits in zip(made.prompts(ENGINES[case][1]), found, strict=True):
@@ -108,8 +111,7 @@ def test_logits(way: str, case: int, made: Made) -> None:
         assert ((logits - expected).norm() / expected.norm()).item() < TOLERANCE[ENGINES[case][2]]
 
 
-@pytest.mark.parametrize("case", range(len(ENGINES)), ids=IDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "case"), CASES, ids=[f"{way}-{IDS[case]}" for way, case in CASES])
 def test_greedy_answers(way: str, case: int, made: Made) -> None:
     """In float32 those of the reference; in 16 bits the same twice, and but for near ties those of NCCL."""
     found = tokens(made, way, case)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tpllm.engine.base import StepInput
+from tpllm.engine.base import MAX_STEP_ROWS, StepInput
 from tpllm.scheduler import Arena, Scheduler, Sequence
 
 
@@ -312,3 +312,17 @@ def test_arena_gives_out_free_rows_first_fit(data: st.DataObject, capacity: int)
 @pytest.mark.parametrize("length", [11, 1000])
 def test_arena_refuses_what_it_can_never_hold(length: int) -> None:
     assert Arena(10).take(length) is None
+
+
+def test_sequences_that_want_all_logits_come_in_smaller_parts() -> None:
+    """Beside one that does not; each step holds as many rows of logits as are foreseen, and all are fed."""
+    whole, plain = (Numbered(i, [0] * 5000, 5001) for i in (0, 1))
+    whole.every_row = True
+    scheduler = scheduler_of((20000, 4, 8192), [whole], [plain])
+    found = []
+    while not whole.cached == plain.cached == 5000:
+        work = scheduler.next_step()
+        assert work is not None
+        found.append((len(work[0].tokens), len(work[0].rows)))
+    assert found == [(MAX_STEP_ROWS + 5000, MAX_STEP_ROWS + 1), (MAX_STEP_ROWS, MAX_STEP_ROWS),
+                     (5000 - 2 * MAX_STEP_ROWS, 5000 - 2 * MAX_STEP_ROWS)]

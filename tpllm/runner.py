@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tpllm.answer import Answer, Branch, CompletionOutput, GenerationOutput, Job, Logprobs, TokenEvent
 from tpllm.distributed import World
 from tpllm.engine import find_backend
-from tpllm.engine.base import MAX_STEP_TOKENS, Engine, EngineConfig, StepInput
+from tpllm.engine.base import Engine, EngineConfig, StepInput
 from tpllm.errors import DataError, MismatchError, UsageError
 from tpllm.mapping import Mapping
 from tpllm.sampling import SamplingParams, choose, token_logprobs
@@ -129,7 +129,8 @@ class ModelRunner:
         world = self.world
         started = map(lambda job: Answer(job, self.tokenizer).branches, source)  # asked again after its end
         admitted = itertools.takewhile(lambda _: not world.draining, started)
-        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, MAX_STEP_TOKENS, admitted, self.engine.unit)
+        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, self.engine.config.build.step_tokens, admitted,
+                              self.engine.unit)
         end: StepInput | None = None
         until = float("inf")
         flight: Flight | None = None

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from tpllm.engine.base import StepInput
+from tpllm.engine.base import MAX_STEP_ROWS, StepInput
 from tpllm.mapping import padded
 
 
@@ -63,6 +63,7 @@ class Scheduler(Generic[S]):
 
     `source` is asked for the next group only when there may be room for it; `unit` is the engine's. A step holds at
     most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
+    Of sequences that want logits for every token it holds fewer, as their logits take more room than they do.
     """
 
     def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, source: Iterator[list[S]],
@@ -79,14 +80,15 @@ class Scheduler(Generic[S]):
         self._admit()
         if not self.running:
             return None
-        budget = self.max_step_tokens
+        budget, rows = self.max_step_tokens, max(MAX_STEP_ROWS, self.max_batch_size)
         parts: list[tuple[S, int]] = []
         # Sequences that only need one token come first: prefill must not hold up decode.
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            take = min(sequence.pending, budget)
+            take = min(sequence.pending, budget, rows if sequence.every_row else budget)
             if take and len(sequence.tokens) < sequence.max_len:  # of a full one only the last token is to be known
                 parts.append((sequence, take))
                 budget -= take
+                rows -= take if sequence.every_row else 0
         if not parts:
             return None
         step, counts = pack(parts, self._copies)

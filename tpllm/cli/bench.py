@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="likewise (default: what is measured)")
     parser.add_argument("--max-input-len", type=int, metavar="N", help="likewise")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="likewise")
+    parser.add_argument("--max-num-tokens", type=int, metavar="N", help="likewise")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32],
                         help="sequences at a time whose latency is measured; none: no latency")
     parser.add_argument("--prefill-lens", type=int, nargs="*", default=(), metavar="N",
@@ -120,4 +121,4 @@ def limits(args: argparse.Namespace) -> BuildConfig:
     batch = args.max_batch_size or args.concurrency or max([*args.batch_sizes, args.check_tokens]) or 8
     longest = args.max_input_len or max([args.input_len, *args.prefill_lens])
     total = args.max_seq_len or max(args.input_len + args.output_len, longest + 1)
-    return BuildConfig(args.backend, args.device, batch, longest, total)
+    return BuildConfig(args.backend, args.device, batch, longest, total, args.max_num_tokens)

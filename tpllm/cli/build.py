@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tpllm.cli.ranked import add_rank_arguments, with_world
 from tpllm.engine import BACKENDS
-from tpllm.engine.base import BuildConfig
+from tpllm.engine.base import STEP_TOKENS, BuildConfig
 
 if TYPE_CHECKING:
     from tpllm.config import ModelConfig
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"tokens of a prompt (default: {limits.max_input_len}, or --max-seq-len if less)")
     parser.add_argument("--max-seq-len", type=int, metavar="N",
                         help=f"tokens of prompt and answer (default: {limits.max_seq_len}, or the model's if less)")
+    parser.add_argument("--max-num-tokens", type=int, metavar="N",
+                        help="tokens of a step, longer prompts come in chunks (default: "
+                             f"{STEP_TOKENS['cuda']} on GPUs, {STEP_TOKENS['cpu']} on CPUs)")
     parser.add_argument("--model-file", type=Path, metavar="FILE.py", help="the model of your own that was converted")
     add_rank_arguments(parser)
     for name in PLUGIN_SWITCHES:
@@ -89,4 +92,5 @@ def limits(args: argparse.Namespace, model: ModelConfig, say: Callable[[str], No
     if args.max_seq_len and seq < args.max_seq_len:
         say(f"build: --max-seq-len {args.max_seq_len} is beyond the model's {seq}; using {seq}")
     return BuildConfig(backend=args.backend, device=args.device, max_batch_size=args.max_batch_size,
-                       max_input_len=args.max_input_len or min(default.max_input_len, seq), max_seq_len=seq)
+                       max_input_len=args.max_input_len or min(default.max_input_len, seq), max_seq_len=seq,
+                       max_num_tokens=args.max_num_tokens)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 META = "engine.json"
 LAYERS = "layers.json"  # a member that some backends give: what their compiler's inspector says of the layers
-MAX_STEP_TOKENS = 2048  # of one step: longer prompts come in chunks
+STEP_TOKENS = {"cuda": 8192, "cpu": 2048}  # of one step: longer prompts come in chunks
+MAX_STEP_ROWS = 2048  # of logits in a step, for prompts of which every token's are wanted
 RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
 
 
@@ -36,13 +37,22 @@ class BuildConfig:
     max_batch_size: int = 8
     max_input_len: int = 1024
     max_seq_len: int = 2048
+    max_num_tokens: int | None = None  # None: what suits the device
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_input_len", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it starts at 1")
+        for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {number}; it starts at 1")
+        if self.max_num_tokens is not None and self.max_num_tokens < self.max_batch_size:
+            raise UsageError(f"--max-num-tokens {self.max_num_tokens} is less than --max-batch-size "
+                             f"{self.max_batch_size}: a step has a token of each sequence")
         if self.max_input_len > self.max_seq_len:
             raise UsageError(f"--max-input-len {self.max_input_len} is more than --max-seq-len {self.max_seq_len}")
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens of one step, of a build whose device is known."""
+        return self.max_num_tokens or max(STEP_TOKENS[self.device], self.max_batch_size)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpllm.checkpoint.rank import RankCheckpoint
+from tpllm.devices import assign
 from tpllm.distributed import World
 from tpllm.engine.base import (
     RANDOM,
@@ -140,6 +141,7 @@ def load_rank(directory: Path, config: EngineConfig, mapping: Mapping, checkpoin
     meta, members, model, device = world.together("load", open_engine)
     rows = config.build.max_batch_size * config.build.max_seq_len
     if device.type == "cuda":
+        world.note(assign(world))  # where no verb has done so, as under a program of the user's own
         rows = cache_rows(config, model, mapping, device, world)
     collectives.bind(world, connect_gpus(config, device, world))
 

@@ -96,7 +96,8 @@ class Communicator:
         torch.cuda.synchronize(self.device)
         self.world.barrier()
         self._ways["push"] = lambda x: push_all_reduce(x.contiguous(), self._buffers)
-        self._ways["two-shot"] = self._two_shot
+        if self.dtype != torch.float16:  # for which PyTorch 2.11 has no such kernel
+            self._ways["two-shot"] = self._two_shot
 
     def _two_shot(self, x: torch.Tensor) -> torch.Tensor:
         space = self._large[:x.shape[0]]
@@ -108,7 +109,8 @@ class Communicator:
         """Check each way's sums and take the fastest at each size; all ranks take the same."""
         forced = choice("TPLLM_ALL_REDUCE", "auto", *PATHS)
         if forced != "auto" and forced not in self._ways:
-            raise PreflightError(f"TPLLM_ALL_REDUCE={forced}, but these ranks' GPUs do not reach each other's memory")
+            raise PreflightError(f"TPLLM_ALL_REDUCE={forced}, which these ranks' GPUs do not have for {self.dtype}; "
+                                 f"they have {', '.join(self._ways)}")
         found = []
         for rows in ROW_COUNTS:
             names = [name for name in self._ways if forced in ("auto", name)

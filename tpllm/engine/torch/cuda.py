@@ -166,7 +166,10 @@ class CudaEngine(Engine):
         rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
         fed = step.fed if step.fed is not None else np.zeros(0, np.int32)
         arrays = (step.tokens, prompt_starts(step), step.start, step.length, rows, fed)
-        packed = torch.from_numpy(pack(arrays)).to(self._cache.device, non_blocking=True)
+        host = torch.from_numpy(pack(arrays))
+        # From pageable memory so large a copy would wait for the step before.
+        host = host.pin_memory() if self._cache.is_cuda else host
+        packed = host.to(self._cache.device, non_blocking=True)
         *inputs, unknown = unpack(packed, [len(array) for array in arrays])
         if len(fed):
             inputs[0] = self._known(inputs[0], unknown)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tpllm.distributed import World
-from tpllm.engine.base import MAX_STEP_TOKENS, EngineConfig
+from tpllm.engine.base import MAX_STEP_ROWS, EngineConfig
 from tpllm.errors import OutOfMemory
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
@@ -51,9 +51,11 @@ def plan_memory(config: EngineConfig, model: Model, mapping: Mapping) -> Plan:
     inner = shape.intermediate_size // config.tp_size
     heads = (local.num_heads + 2 * local.num_kv_heads) * shape.head_size
     # The widest moment of a full step, and logits in float32 before and after they are gathered.
-    token = size * (8 * shape.hidden_size + 4 * inner + 2 * heads) + 10 * shape.vocab_size
+    token = size * (8 * shape.hidden_size + 4 * inner + 2 * heads)
+    rows = min(config.build.step_tokens, MAX_STEP_ROWS + config.build.max_batch_size)
+    workspace = SPARE + config.build.step_tokens * token + rows * 10 * shape.vocab_size
     row = 2 * shape.num_hidden_layers * local.num_kv_heads * shape.head_size * size
-    return Plan(weights, SPARE + MAX_STEP_TOKENS * token, row)
+    return Plan(weights, workspace, row)
 
 
 def cache_rows(config: EngineConfig, model: Model, mapping: Mapping, device: torch.device, world: World) -> int:

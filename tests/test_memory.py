@@ -1,0 +1,72 @@
+"""What a rank takes of a GPU, foreseen: against the published sizes, and advice that works when it is followed."""
+
+from dataclasses import replace
+
+import pytest
+
+from tpllm.bench import named_config
+from tpllm.engine.base import BuildConfig, EngineConfig
+from tpllm.engine.torch.memory import SPARE_ROWS, Plan, plan_memory
+from tpllm.errors import OutOfMemory, UsageError
+from tpllm.mapping import Mapping
+from tpllm.models import find_model
+
+# Parameters that the models' cards and papers give to three digits, here to the last: bfloat16 takes two bytes each.
+PARAMETERS = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "llama-2-70b": 68_976_648_192}
+# layers * 2 * key/value heads * head size * two bytes
+ROW = {"llama-2-7b": 32 * 2 * 32 * 128 * 2, "llama-3-8b": 32 * 2 * 8 * 128 * 2, "llama-2-70b": 80 * 2 * 8 * 128 * 2}
+
+
+def config(model: str, tp_size: int = 1, **limits: int) -> EngineConfig:
+    build = BuildConfig("inductor", "cuda", **{"max_batch_size": 512, "max_seq_len": 2412} | limits)
+    return EngineConfig(named_config(model, "bfloat16"), build, tp_size, "", {})
+
+
+def plan(of: EngineConfig) -> Plan:
+    return plan_memory(of, find_model(of.model.architecture)(of.model), Mapping(of.tp_size, 0))
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_weights_and_cache_rows_are_the_published_sizes(model: str) -> None:
+    found = plan(config(model))
+    assert (found.weights, found.row) == (2 * PARAMETERS[model], ROW[model])
+    of_two, shape = plan(config(model, tp_size=2)), config(model).model
+    whole = 2 * shape.hidden_size * (shape.vocab_size + 2 * shape.num_hidden_layers + 1)  # embedding table and norms
+    assert (of_two.weights - whole, of_two.row) == ((found.weights - whole) // 2, found.row // 2)
+
+
+def test_as_many_rows_as_the_engine_is_built_for_or_as_fit() -> None:
+    of = config("llama-2-7b")
+    found, wanted = plan(of), 512 * 2412
+    fixed = found.weights + found.workspace + SPARE_ROWS * found.row
+    assert found.rows(of, fixed + wanted * found.row) == wanted
+    assert found.rows(of, 10**13) == wanted
+    assert found.rows(of, fixed + 5000 * found.row + 7) == 5000
+
+
+def test_a_gpu_too_small_is_refused_with_a_length_that_fits() -> None:
+    of = config("llama-2-7b")
+    free = plan(of).weights + plan(of).workspace + (SPARE_ROWS + 2000) * ROW["llama-2-7b"]
+    with pytest.raises(OutOfMemory, match=r"too little for one sequence of --max-seq-len 2412 \(1\.26 GB\): build with "
+                                          r"--max-seq-len 2000 or less, or split the model over more ranks than 1"):
+        plan(of).rows(of, free)
+    shorter = replace(of, build=replace(of.build, max_seq_len=2000))
+    assert plan(shorter).rows(shorter, free) == 2000
+    with pytest.raises(OutOfMemory, match="there is no room for any sequence"):
+        plan(of).rows(of, plan(of).weights)
+
+
+def test_the_workspace_grows_with_the_tokens_of_a_step() -> None:
+    small, large = (plan(config("llama-3-8b", max_num_tokens=tokens)).workspace for tokens in (2048, 8192))
+    # At least what a layer of the step has at once: its input, the sum so far and both halves of the inner width.
+    assert large - small >= (8192 - 2048) * 2 * (2 * 4096 + 2 * 14336)
+    assert plan(config("llama-3-8b")).workspace == large
+
+
+def test_steps_have_a_token_of_each_sequence() -> None:
+    with pytest.raises(UsageError, match="--max-num-tokens 16 is less than --max-batch-size 32"):
+        BuildConfig(max_batch_size=32, max_num_tokens=16)
+    with pytest.raises(UsageError, match="--max-num-tokens is 0; it starts at 1"):
+        BuildConfig(max_num_tokens=0)
+    assert BuildConfig(device="cpu", max_batch_size=3000).step_tokens == 3000
+    assert BuildConfig(device="cpu", max_num_tokens=100).step_tokens == 100
