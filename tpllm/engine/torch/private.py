@@ -12,8 +12,12 @@ from pathlib import Path
 
 import torch
 
-# Constants stay outside the library: an engine is code, the weights remain in the checkpoint.
-COMPILE_OPTIONS = {"aot_inductor.package_constants_in_so": False}
+COMPILE_OPTIONS = {
+    # Constants stay outside the library: an engine is code, the weights remain in the checkpoint.
+    "aot_inductor.package_constants_in_so": False,
+    # A precompiled header saves a file's compiler 1 s and takes 4 s, and each is used once.
+    "aot_inductor.precompile_headers": False,
+}
 
 
 def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> bytes:
