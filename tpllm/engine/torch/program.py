@@ -210,6 +210,10 @@ class TorchOps:
         norm = self.program.survey.norms.get(self._adds)
         self._adds += 1
         if norm is None or self._reduced is None or b is not self._reduced[0]:
+            if self._fused and torch.compiler.is_exporting():
+                # The same sum, but none that Inductor makes part of the product before it, which would begin with a
+                # copy of the residual: here it becomes part of the norm behind it.
+                return (a.float() + b.float()).to(a.dtype)
             return a + b
         # The all-reduce alone is then used by nobody and dropped by the compiler.
         self._normed = all_reduce_add_norm(self._reduced[1], a, self._get(norm + ".weight"), self.config.norm_epsilon)
