@@ -1,8 +1,8 @@
 """`gemv` for quantized weights (`tpllm/quantization.py` has their layout), and products of several rows.
 
 At 1 byte a weight and less, arithmetic is nearly as slow as memory, so a program has several rows of the matrix, which
-share the work on x, and few warps, which share the work at its end. Int4 numbers are not converted: at the top of a
-float's mantissa they are numbers already, too large by a constant, which the sum of x mends once for all rows.
+share the work on x, and few warps, which share the work at its end. Numbers are not converted: in a float's mantissa
+they are numbers already, too large by a constant, which the sum of x mends once for all rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
 INT8_NUMBERS, INT4_WORDS = 8, 4  # of each row in a program's tile, for each of its threads
 BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
+HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
 
 
@@ -32,6 +33,66 @@ def _numbers(words, of_16, of_256, i: tl.constexpr):
     else:
         bits = (bits & 0x00078000) | of_256  # the next four
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four(x, place, K):
+    """Four neighbouring values of a row for each of some words, in float32."""
+    values = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
+    a, c = tl.split(tl.reshape(even, [even.shape[0] // 2, 2]))
+    b, d = tl.split(tl.reshape(odd, [odd.shape[0] // 2, 2]))
+    return a, b, c, d
+
+
+@triton.jit
+def _byte(words, top, i: tl.constexpr):
+    """What byte i of each word stands for, plus 32,896: in the middle of a mantissa of 2**15, its sign turned."""
+    bits = words << 8 if i == 0 else words >> (8 * i - 8)
+    return ((bits & 0x0000FF00) ^ top).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Four numbers a word, `w` as int32 `[N, K / 4]`."""
+    rows, count = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), K // 4
+    words = tl.max_contiguous(tl.arange(0, BLOCK_K), 2)
+    columns = tl.arange(0, 4 * BLOCK_K)
+    pointers = w + rows.to(tl.int64)[:, None] * count + words[None, :]
+    pointers2 = pointers + N.to(tl.int64) * count  # SwiGLU: the second half of the rows
+    if EARLY:
+        gdc_launch_dependents()
+    tile = _weights(pointers, rows, words, N, count)
+    tile2 = _weights(pointers2, rows, words, N, count) if SWIGLU else tile
+    scale = tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)
+    scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0).to(tl.float32) if SWIGLU else scale
+    if EARLY:
+        gdc_wait()
+    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares, excess = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
+    for j in range(0, count, BLOCK_K):
+        a, b, c, d = _four(x, 4 * j + columns, K)
+        if NORM:
+            squares += a * a + b * b + c * c + d * d
+            e, f, g, h = _four(norm, 4 * j + columns, K)
+            a, b, c, d = a * e, b * f, c * g, d * h
+        excess += (a + b) + (c + d)
+        acc += _byte(tile, top, 0) * a[None, :]
+        acc += _byte(tile, top, 1) * b[None, :]
+        acc += _byte(tile, top, 2) * c[None, :]
+        acc += _byte(tile, top, 3) * d[None, :]
+        after = j + BLOCK_K
+        tile = _weights(pointers + after, rows, after + words, N, count)
+        if SWIGLU:
+            acc2 += _byte(tile2, top, 0) * a[None, :]
+            acc2 += _byte(tile2, top, 1) * b[None, :]
+            acc2 += _byte(tile2, top, 2) * c[None, :]
+            acc2 += _byte(tile2, top, 3) * d[None, :]
+            tile2 = _weights(pointers2 + after, rows, after + words, N, count)
+    more = 32896.0 * excess[None, :]
+    _finish(tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K,
+            epsilon, NORM, RESIDUAL, SWIGLU)
 
 
 @triton.jit
@@ -110,7 +171,10 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
                "BLOCK_N": rows, "BLOCK_K": tile, "num_warps": warps, "launch_pdl": early}
-    if int8:
+    if int8 and columns % 4 == 0 and x.dtype != torch.float32:
+        options["BLOCK_K"] = tile // 4
+        _int8[(programs,)](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
+    elif int8:
         _gemv[(programs,)](*inputs, SCALED=True, **options)
     else:
         _int4[(programs,)](*inputs, *BITS, **options)
