@@ -91,8 +91,8 @@ def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.conste
             acc2 += _byte(tile2, top, 3) * d[None, :]
             tile2 = _weights(pointers2 + after, rows, after + words, N, count)
     more = 32896.0 * excess[None, :]
-    _finish(tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2, tl.sum(squares, 0), residual, out, rows, N, K,
-            epsilon, NORM, RESIDUAL, SWIGLU)
+    result, gate = tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2
+    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
 @triton.jit
