@@ -28,13 +28,14 @@ class Built:
         self._runner: ModelRunner | None = None
         self._reference: Reference | None = None
 
-    def run(self, *convert_options: str, model_file: Path | None = None, max_seq: int = MAX_SEQ) -> "Built":
+    def run(self, *convert_options: str, model_file: Path | None = None, max_seq: int = MAX_SEQ,
+            max_input: int = MAX_INPUT) -> "Built":
         """Convert and build, by the commands a user gives."""
         model = ["--model-file", str(model_file)] if model_file else []
         assert main(["convert", "--meta-ckpt-dir", str(self.meta), "--output-dir", str(self.checkpoint),
                      *convert_options, *model]) == 0  # fmt: skip
         assert main(["build", "--checkpoint-dir", str(self.checkpoint), "--output-dir", str(self.engine), "--backend",
-                     "eager", "--max-batch-size", str(MAX_BATCH), "--max-input-len", str(min(max_seq, MAX_INPUT)),
+                     "eager", "--max-batch-size", str(MAX_BATCH), "--max-input-len", str(min(max_seq, max_input)),
                      "--max-seq-len", str(max_seq), *model]) == 0  # fmt: skip
         return self
 

@@ -49,7 +49,7 @@ class Made:
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
         built = Built(directory)
         make_meta_dir(built.meta, LLAMA31_GQA)
-        built.run("--dtype", "float32", max_seq=MAX_SEQ)
+        built.run("--dtype", "float32", max_seq=MAX_SEQ, max_input=MAX_SEQ - 1)
         self.reference, self.capture = Reference(built.meta), Recalled()
         patch.setattr(cuda, "Capture", lambda: self.capture)
         patch.setattr(cuda, "flash_takes", lambda _: True)
@@ -135,6 +135,15 @@ def test_tokens_that_only_the_device_knows(made: Made) -> None:
     close(made.step([0], [0, 1], [0], [7], [0], fed=[1]), made.reference.logits(a)[[6]])
     found = made.step([0, *b], [0, 1, 7], [0, 50], [8, 6], [0, 6], fed=[2, -1, -1, -1, -1, -1, -1])
     close(found, torch.stack([made.reference.logits(a)[7], made.reference.logits(b)[5]]))
+
+
+def test_prompts_have_graphs_as_large_as_they_need_and_padding_has_rows() -> None:
+    for longest in (1, 16, 17, 100, 1000, 1900, 2048):
+        sizes = cuda.prompt_sizes(longest)
+        assert sizes[-1] >= longest and (len(sizes) == 1 or sizes[-2] < longest)
+        for count in range(1, longest + 1):
+            assert min(size for size in sizes if size >= count) - count <= cuda.SPARE_ROWS
+    assert cuda.prompt_sizes(9000) == list(cuda.PROMPT_SIZES)
 
 
 @pytest.mark.parametrize("lengths", [[1], [16, 0, 17], [3, 40, 2, 1]])

@@ -18,13 +18,21 @@ from tpllm.engine.torch.private import flash_takes
 
 Ints = NDArray[np.int32]
 ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
-PROMPT_SIZES = (16, 32, 64, 128, 256, SPARE_ROWS)  # tokens; above, computing takes longer than launching the kernels
+PROMPT_SIZES = (16, 32, 64, *range(128, 1024, 128), *range(1024, 2049, SPARE_ROWS))
 
 
 def batch_sizes(largest: int) -> list[int]:
     """The batch sizes that get a graph, the last one `largest`; a batch is padded to the next of them."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, largest, 64)]
     return [size for size in sizes if size < largest] + [largest]
+
+
+def prompt_sizes(longest: int) -> list[int]:
+    """The numbers of tokens that get a graph, up to one that holds `longest`; a prompt is padded to the next of them.
+
+    Of more tokens than the last, computing takes longer than launching the kernels, at tp 4 as well.
+    """
+    return [size for before, size in zip((0, *PROMPT_SIZES), PROMPT_SIZES, strict=False) if before < longest]
 
 
 def aligned(count: int) -> int:
@@ -90,7 +98,7 @@ class CudaEngine(Engine):
         with torch.inference_mode():
             # The largest first, so that the others find their memory already there. Without flash attention prompts
             # are not captured: the host looks at their places then.
-            prompts = [size for size in PROMPT_SIZES if flash_takes(self._cache)]
+            prompts = prompt_sizes(min(build.max_input_len, build.step_tokens)) if flash_takes(self._cache) else []
             self._prompts = {size: self._prompt(size, capture) for size in reversed(prompts)}
             self._graphs = {size: self._decode(size, capture) for size in reversed(self._sizes)}
 
@@ -141,7 +149,7 @@ class CudaEngine(Engine):
         copy_rows(self._cache, step)
         batch, count = len(step.start), len(step.tokens)
         if count != batch:
-            size = next((size for size in PROMPT_SIZES if size >= count and size in self._prompts), None)
+            size = min((size for size in self._prompts if size >= count), default=None)
             if size and batch == 1 and len(step.rows) <= 1 and step.fed is None:
                 return self._prompt_step(step, size)
             return self._mixed_step(step)

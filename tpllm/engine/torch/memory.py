@@ -13,7 +13,7 @@ from tpllm.errors import OutOfMemory
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
 
-SPARE_ROWS = 512  # of the cache, for the padding of steps
+SPARE_ROWS = 256  # of the cache, for the padding of steps
 SPARE = 2 << 30  # bytes for CUDA graphs, the libraries' own buffers and the gaps between allocations
 
 
