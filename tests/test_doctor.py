@@ -18,7 +18,7 @@ from tpllm import devices
 from tpllm.cli import main
 from tpllm.launched import memory_limit
 
-STAGES = ["world", "versions", "files", "memory", "devices", "peer access", "all-reduce", "clocks"]
+STAGES = ["world", "versions", "backends", "files", "memory", "devices", "peer access", "all-reduce", "clocks"]
 
 
 @pytest.fixture(scope="module")

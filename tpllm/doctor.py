@@ -17,11 +17,12 @@ from typing import Any
 from tpllm import devices
 from tpllm.devices import Device
 from tpllm.distributed import SharedError, World
+from tpllm.engine import RAN
 from tpllm.engine.base import EngineConfig
 from tpllm.errors import MismatchError, PreflightError, TimeOutError
 from tpllm.files import digest
 from tpllm.launched import memory_limit
-from tpllm.runlog import installed_versions
+from tpllm.runlog import installed_versions, package_version
 
 ALL_REDUCE_BYTES = (8 << 10, 64 << 20)
 
@@ -61,6 +62,12 @@ def check_versions(patient: Patient) -> str:
         raise MismatchError(f"{name} is {mine[name]} on {world.host} (rank {world.rank}) and {first[name]} on rank 0: "
                             f"install the same version on all hosts, or share one environment ({sys.prefix} here)")
     return ", ".join(f"{name} {version}" for name, version in mine.items())
+
+
+def check_backends(patient: Patient) -> str:
+    """What a user of each backend should know; TensorRT's version is looked up without importing it."""
+    lines = [f"{name} {ran}" for name, ran in RAN.items()]
+    return "\n    ".join(["", *lines, f"TensorRT for CUDA 13: {package_version('tensorrt-cu13')}"])
 
 
 def check_files(patient: Patient) -> str:
@@ -150,9 +157,9 @@ def check_clocks(patient: Patient) -> str:
 
 
 STAGES: tuple[tuple[str, float, Check], ...] = (
-    ("world", 30, check_world_map), ("versions", 30, check_versions), ("files", 60, check_files),
-    ("memory", 30, check_memory), ("devices", 60, check_devices), ("peer access", 30, check_peers),
-    ("all-reduce", 120, check_all_reduce), ("clocks", 30, check_clocks),
+    ("world", 30, check_world_map), ("versions", 30, check_versions), ("backends", 30, check_backends),
+    ("files", 60, check_files), ("memory", 30, check_memory), ("devices", 60, check_devices),
+    ("peer access", 30, check_peers), ("all-reduce", 120, check_all_reduce), ("clocks", 30, check_clocks),
 )
 
 

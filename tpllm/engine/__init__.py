@@ -18,6 +18,13 @@ BACKENDS = {
     "tensorrt": "tpllm.engine.tensorrt.backend:TensorrtBackend",
 }
 
+# Where they have: engines of each that people can rely on. The README's table says more.
+RAN = {
+    "inductor": "has run on CPUs at tp 1 to 8 and on H200s at tp 1 and 2",
+    "eager": "has run on CPUs at tp 1 to 8 and on H200s at tp 1 and 2",
+    "tensorrt": "has NEVER been run by TensorRT itself, only layer by layer in PyTorch: try `pytest -m tensorrt` first",
+}
+
 
 def find_backend(name: str) -> Backend:
     """The backend of that name; only then are its libraries imported."""
