@@ -207,10 +207,10 @@ class TorchOps:
         return a * b
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        norm = self.program.survey.norms.get(self._adds)
+        norm, exporting = self.program.survey.norms.get(self._adds), torch.compiler.is_exporting()
         self._adds += 1
-        if norm is None or self._reduced is None or b is not self._reduced[0]:
-            if self._fused and torch.compiler.is_exporting():
+        if norm is None or self._reduced is None or b is not self._reduced[0] or not exporting:
+            if self._fused and exporting:
                 # The same sum, but none that Inductor makes part of the product before it, which would begin with a
                 # copy of the residual: here it becomes part of the norm behind it.
                 return (a.float() + b.float()).to(a.dtype)

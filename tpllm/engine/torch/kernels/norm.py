@@ -8,16 +8,23 @@ import triton.language as tl
 
 
 @triton.jit
-def _add_norm(x, residual, norm, total, normed, N, epsilon, BLOCK: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = columns < N
-    at = row * N + columns
-    a, b = tl.load(x + at, mask=inside, other=0.0), tl.load(residual + at, mask=inside, other=0.0)
-    result = (a.to(tl.float32) + b.to(tl.float32)).to(x.dtype.element_ty)
+def store_sum_and_norm(row, residual, norm, total, normed, at, columns, inside, N, epsilon):
+    """A row, to which the residual is added, and its norm; rounded as the model rounds each."""
+    dtype: tl.constexpr = total.dtype.element_ty
+    result = (row.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
     h = result.to(tl.float32)
-    scaled = (h * tl.rsqrt(tl.sum(h * h, 0) / N + epsilon)).to(x.dtype.element_ty)
+    scaled = (h * tl.rsqrt(tl.sum(h * h, 0) / N + epsilon)).to(dtype)
     tl.store(normed + at, scaled * tl.load(norm + columns, mask=inside, other=0.0), mask=inside)
     tl.store(total + at, result, mask=inside)
+
+
+@triton.jit
+def _add_norm(x, residual, norm, total, normed, N, epsilon, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < N
+    at = tl.program_id(0).to(tl.int64) * N + columns
+    store_sum_and_norm(tl.load(x + at, mask=inside, other=0.0), residual, norm, total, normed, at, columns, inside, N,
+                       epsilon)
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:

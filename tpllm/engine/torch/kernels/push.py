@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels.gemv import launches_early
+from tpllm.engine.torch.kernels.norm import store_sum_and_norm
 
 SETS = 3
 
@@ -71,12 +72,9 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK:
     result = acc.to(dtype)
     at = row.to(tl.int64) * N + columns
     if ADD:
-        result = (result.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
-        h = result.to(tl.float32)
-        scaled = (h * tl.rsqrt(tl.sum(h * h, 0) / N + epsilon)).to(dtype)
-        weight = tl.load(norm + columns, mask=inside, other=0.0)
-        tl.store(normed + at, scaled * weight, mask=inside)
-    tl.store(total + at, result, mask=inside)
+        store_sum_and_norm(result, residual, norm, total, normed, at, columns, inside, N, epsilon)
+    else:
+        tl.store(total + at, result, mask=inside)
 
 
 def make_buffers(places: torch.Tensor, addresses: list[int], rank: int) -> Buffers:
