@@ -111,6 +111,7 @@ class DecodeProgram(nn.Module):
 
     def forward(self, tokens: Tensor, start: Tensor, length: Tensor, cache: Tensor) -> Tensor:
         """`tokens`, `start`, `length` `[1]` and the arena → float32 logits `[1, vocab]`."""
-        positions = length - 1
         runs = (length, start, length)  # one sequence, and it has one token: any `query_start` of one entry says so
-        return self.step.model.forward(FusedOps(self.step, tokens, positions, start + positions, runs, None, cache))
+        # Nobody asks for the arena's row, which this kernel finds by itself: in `start`'s place its sum with the
+        # position would be a kernel in front of every layer's attention.
+        return self.step.model.forward(FusedOps(self.step, tokens, length - 1, start, runs, None, cache))
