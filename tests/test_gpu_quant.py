@@ -3,10 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter, where Triton is installed.
 """
 
-import os
 import random
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dequantized import dequantized_reference
+from interpreted import DEVICE, GPU, INTERPRETED, need_kernels, run_interpreted
 from makers import Shape, make_meta_dir
 from torch import Tensor
 from torch.nn.functional import silu
@@ -24,9 +22,6 @@ from tpllm.quantization import quantized, stored
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
 
-GPU = torch.cuda.is_available()
-INTERPRETED = not GPU and os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
 ALGOS = ["W8A16", "W4A16"]
 # of ‖found - expected‖ / ‖expected‖; int4 sums carry a constant that is taken off at the end
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
@@ -56,9 +51,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    pytest.importorskip("triton", reason="Triton is not installed here")
-    if not GPU and not INTERPRETED:
-        pytest.skip("no CUDA device here")
+    need_kernels()
     from tpllm.engine.torch.kernels import gemv_quantized
 
     if INTERPRETED:
@@ -108,15 +101,8 @@ def test_several_rows(algo: str, dtype: str, kernels: Any) -> None:
             assert relative(found, x.double() @ whole.T) < TOLERANCE[dtype], (rows, columns, count)
 
 
-@pytest.mark.skipif(GPU, reason="the kernels run on the GPU here")
 def test_in_the_interpreter() -> None:
-    # The interpreter of 3.6 fails with numpy 2.4.
-    pytest.importorskip("triton", minversion="3.9", reason="Triton 3.9 is not installed here")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "row", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=300)  # fmt: skip
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout
+    run_interpreted(__file__, 12, "-k", "row")
 
 
 # Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.

@@ -27,8 +27,9 @@ library.define("rotation(Tensor positions, Tensor frequencies) -> Tensor")
 
 @torch.library.impl(library, "rotation", "CUDA")
 def _rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    angles = positions[:, None].float() * frequencies
-    return torch.stack([angles.cos(), angles.sin()])
+    from tpllm.engine.torch.kernels.rotate import rotation
+
+    return rotation(positions, frequencies)
 
 
 @torch.library.register_fake("tpllm::rotation", lib=library)

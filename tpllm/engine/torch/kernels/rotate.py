@@ -1,4 +1,4 @@
-"""Rotation of a step's queries and keys and the store of keys and values in the cache, in one kernel."""
+"""Rotation of a step's queries and keys and the store of keys and values in the cache, in one kernel; its angles."""
 
 from __future__ import annotations
 
@@ -41,6 +41,23 @@ def _rotate_store(q, k, v, cos, sin, keys, values, slots, out, q_stride, k_strid
     b = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
     tl.store(to, (a * c - b * s).to(out.dtype.element_ty), mask=mask)
     tl.store(to + SIZE // 2, (b * c + a * s).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotation(positions, frequencies, out, T, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    t, h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = h < HALF
+    angles = tl.load(positions + t).to(tl.float32) * tl.load(frequencies + h, mask=inside, other=0.0)
+    tl.store(out + t * HALF + h, tl.cos(angles), mask=inside)
+    tl.store(out + (T + t) * HALF + h, tl.sin(angles), mask=inside)
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines `[2, T, size/2]` of whole `positions [T]` times `frequencies [size/2]`, all float32."""
+    count, half = positions.shape[0], frequencies.shape[0]
+    out = torch.empty((2, count, half), dtype=torch.float32, device=positions.device)
+    _rotation[(count,)](positions, frequencies, out, count, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=1)
+    return out
 
 
 def rotate_and_store(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
