@@ -30,8 +30,7 @@ def run_interpreted(file: str, passed: int, *options: str) -> None:
     if not own:  # the interpreter of 3.6 fails with numpy 2.4
         pytest.importorskip("triton", minversion="3.9", reason="Triton 3.9 is not installed here")
     path = [part for part in (own, os.environ.get("PYTHONPATH")) if part]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *options, file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=300)  # fmt: skip
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *options, file]
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and f"{passed} passed" in done.stdout, done.stdout
