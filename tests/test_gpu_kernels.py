@@ -1,0 +1,143 @@
+"""Each kernel of a step against what it stands for, in float64; without a GPU in Triton's interpreter."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DEVICE, INTERPRETED, need_kernels, run_interpreted
+from torch import Tensor
+from torch.nn.functional import silu
+
+# of ‖found - expected‖ / ‖expected‖
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """All modules of kernels that need no second GPU."""
+    need_kernels()
+    from tpllm.engine.torch.kernels import decode, gemv, norm, rotate
+
+    if INTERPRETED:
+        monkeypatch.setattr(gemv, "launches_early", lambda device: False)
+    return SimpleNamespace(decode=decode, gemv=gemv, norm=norm, rotate=rotate)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == expected.shape and found.dtype == dtype
+    assert ((found.cpu().double() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("rows", "columns"), [(7, 33), (12, 1024), (6, 2752)])
+def test_products_of_one_row(rows: int, columns: int, dtype: torch.dtype, kernels: Any) -> None:
+    torch.manual_seed(rows)
+    x, weight, norm = (torch.randn(shape).to(dtype) for shape in ((1, columns), (2 * rows, columns), (columns,)))
+    weight /= columns**0.5
+    for with_norm, with_residual, swiglu in [(False, False, False), (True, False, False), (False, True, False),
+                                             (True, True, True)]:  # fmt: skip
+        width = rows if swiglu else 2 * rows
+        residual = torch.randn(1, width).to(dtype)
+        expected = (rms_norm(x.double(), norm.double()) if with_norm else x.double()) @ weight.double().T
+        if swiglu:
+            expected = silu(expected[:, :width]) * expected[:, width:]
+        found = kernels.gemv.gemv(x.to(DEVICE), weight.to(DEVICE), norm.to(DEVICE) if with_norm else None, 1e-5,
+                                  residual.to(DEVICE) if with_residual else None, swiglu)
+        close(found, expected + residual.double() if with_residual else expected, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", [64, 768, 1000])
+def test_residual_and_norm(width: int, dtype: torch.dtype, kernels: Any) -> None:
+    torch.manual_seed(width)
+    x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((5, width), (5, width), (width,)))
+    total, normed = kernels.norm.add_norm(*(t.to(DEVICE) for t in (x, residual, weight)), 1e-5).unbind(0)
+    close(total, x.double() + residual.double(), dtype)
+    close(normed, rms_norm(x.double() + residual.double(), weight.double()), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "size"), [(1, 2, 2, 64), (3, 8, 2, 128), (40, 4, 4, 32)])
+def test_attention_of_single_tokens(batch: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype,
+                                    kernels: Any) -> None:
+    """In an arena of NaN, of which it writes the new tokens' rows; in one part and in several, which merge."""
+    torch.manual_seed(batch)
+    lengths = [1, 2, 65, 130, 64][:batch] + torch.randint(1, 150, (max(0, batch - 5),)).tolist()
+    assert {kernels.decode.splits_for(n * kv_heads) for n in (1, 40)} > {1}
+    starts = [160 * place + 3 for place in torch.randperm(batch).tolist()]
+    keys, values = (torch.full((160 * batch, kv_heads, size), float("nan")).to(dtype) for _ in range(2))
+    for start, length in zip(starts, lengths, strict=True):
+        for arena in (keys, values):
+            arena[start:start + length - 1] = torch.randn(length - 1, kv_heads, size).to(dtype)
+    whole = torch.randn(batch, heads + 2 * kv_heads, size).to(dtype)
+    q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
+    angles = torch.rand(batch, size // 2) * 6
+    ints = [torch.tensor(a, dtype=torch.int32, device=DEVICE) for a in (starts, lengths)]
+    on_device = [t.to(DEVICE) for t in (angles.cos(), angles.sin(), keys, values)]
+    out = torch.full((batch, heads, size), float("nan"), dtype=dtype, device=DEVICE)
+    found = kernels.decode.decode_attention(*whole.to(DEVICE).split([heads, kv_heads, kv_heads], dim=1), *on_device,
+                                            *ints, out)
+    assert found is out
+    turned_q, turned_k = rotated(q, angles.double()), rotated(k, angles.double())
+    expected = torch.zeros(batch, heads, size, dtype=torch.float64)
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        past = slice(start, start + length - 1)
+        all_k = torch.cat([keys[past].double(), turned_k[i:i + 1]])
+        all_v = torch.cat([values[past].double(), v[i:i + 1].double()])
+        for head in range(heads):
+            own = head // (heads // kv_heads)
+            expected[i, head] = (all_k[:, own] @ turned_q[i, head] / size**0.5).softmax(0) @ all_v[:, own]
+        close(on_device[2][start + length - 1], turned_k[i], dtype)
+        close(on_device[3][start + length - 1], v[i].double(), dtype)
+    close(found, expected, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [16, 32, 48, 64])
+def test_angles(half: int, kernels: Any) -> None:
+    """Of positions far beyond those for which a rough sine would do."""
+    positions = torch.tensor([0, 1, 7, 4095, 8191, 131071])
+    frequencies = 1e4 ** -(torch.arange(half) / half)
+    found = kernels.rotate.rotation(positions.to(DEVICE), frequencies.to(DEVICE)).cpu()
+    angles = (positions[:, None].float() * frequencies).double()
+    torch.testing.assert_close(found.double(), torch.stack([angles.cos(), angles.sin()]), rtol=0, atol=1e-6)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """The two halves of each head as the parts of complex numbers, turned."""
+    a, b = x.double().chunk(2, dim=-1)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (16, 16, 128), (3, 1, 96)])
+def test_rotation_and_store(heads: int, kv_heads: int, size: int, kernels: Any) -> None:
+    torch.manual_seed(size)
+    count, capacity = 9, 40
+    # Parts of one product's result, as the model splits it.
+    q, k, v = torch.randn(count, heads + 2 * kv_heads, size).split([heads, kv_heads, kv_heads], dim=1)
+    angles = torch.rand(count, size // 2).double() * 6
+    slots = torch.randperm(capacity)[:count]
+    keys, values = (torch.full((capacity, kv_heads, size), 7.0, device=DEVICE) for _ in range(2))
+    whole = torch.cat([q, k, v], dim=1).to(DEVICE)
+    parts = whole.split([heads, kv_heads, kv_heads], dim=1)
+    found = kernels.rotate.rotate_and_store(*parts, angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE),
+                                            keys, values, slots.to(DEVICE))
+    torch.testing.assert_close(found.cpu().double(), rotated(q, angles), rtol=0, atol=1e-5)
+    others = torch.ones(capacity, dtype=torch.bool).index_fill(0, slots, False)
+    for arena, expected in ((keys.cpu(), rotated(k, angles)), (values.cpu(), v.double())):
+        torch.testing.assert_close(arena[slots].double(), expected, rtol=0, atol=1e-5)
+        assert (arena[others] == 7.0).all()
+
+
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__, 25)
