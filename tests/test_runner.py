@@ -20,7 +20,7 @@ from tpllm.answer import Completion, GenerationOutput, Job, TextStream
 from tpllm.cli import main
 from tpllm.demo import MODEL_DIR
 from tpllm.distributed import World
-from tpllm.engine.base import Engine, StepInput
+from tpllm.engine.base import BuildConfig, Engine, StepInput
 from tpllm.errors import TpllmError
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
@@ -49,8 +49,27 @@ def test_long_prompts_in_chunks_generate_the_same(build: Build, monkeypatch: pyt
     params = SamplingParams(max_output_len=6)
     whole = built.runner.generate(prompts, params)
     for size in (1, 5, 25):
-        monkeypatch.setattr("tpllm.runner.MAX_STEP_TOKENS", size)
+        monkeypatch.setattr(BuildConfig, "step_tokens", size)
         assert built.runner.generate(prompts, params) == whole
+
+
+def test_a_step_has_as_many_tokens_as_the_build_says(build: Build, tmp_path: Path) -> None:
+    built = build(LLAMA31_GQA)
+    assert main(["build", "--checkpoint-dir", str(built.checkpoint), "--output-dir", str(tmp_path / "engine"),
+                 "--backend", "eager", "--max-batch-size", "3", "--max-input-len", "24", "--max-seq-len", "32",
+                 "--max-num-tokens", "7"]) == 0  # fmt: skip
+    runner, sizes = ModelRunner.from_dir(tmp_path / "engine", world=World()), []
+    own = runner.engine.step
+
+    def step(given: StepInput) -> torch.Tensor:
+        sizes.append(len(given.tokens))
+        return own(given)
+
+    runner.engine.step = step  # type: ignore[method-assign]
+    prompts = random_ids(built, 24, 3, 17, seed=2)
+    params = SamplingParams(max_output_len=6)
+    assert runner.generate(prompts, params) == built.runner.generate(prompts, params)
+    assert max(sizes) == 7
 
 
 def test_sampled_answers_depend_on_their_own_seed_alone(build: Build) -> None:
@@ -352,7 +371,7 @@ def test_stop_words_end_an_answer_across_tokens(demo: Built) -> None:
 @pytest.mark.parametrize("size", [5, 2048])
 def test_samples_forked_from_one_prompt_are_as_if_alone(size: int, build: Build, monkeypatch: pytest.MonkeyPatch,
                                                         ) -> None:
-    monkeypatch.setattr("tpllm.runner.MAX_STEP_TOKENS", size)
+    monkeypatch.setattr(BuildConfig, "step_tokens", size)
     built = build(LLAMA31_GQA)
     prompts = random_ids(built, 5, 11, 24, seed=8)
     params = SamplingParams(max_output_len=7, temperature=1.5, seed=3)
@@ -379,7 +398,7 @@ def assert_logprobs(found: dict[int, float] | None, token: int, expected: torch.
 @pytest.mark.parametrize("top", [0, 3])
 def test_logprobs_are_the_references(top: int, size: int, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the prompt, in chunks too, and of what is generated, beside a request that asks for none."""
-    monkeypatch.setattr("tpllm.runner.MAX_STEP_TOKENS", size)
+    monkeypatch.setattr(BuildConfig, "step_tokens", size)
     built = build(LLAMA31_GQA)
     prompts = random_ids(built, 20, 9, 1, seed=6)
     asks = SamplingParams(max_output_len=5, logprobs=top, prompt_logprobs=top)
