@@ -18,7 +18,7 @@ BACKENDS = {
     "tensorrt": "tpllm.engine.tensorrt.backend:TensorrtBackend",
 }
 
-# Where they have: engines of each that people can rely on. The README's table says more.
+# Where engines of each have run, for those who are to rely on them; the README's table says more.
 RAN = {
     "inductor": "has run on CPUs at tp 1 to 8 and on H200s at tp 1 and 2",
     "eager": "has run on CPUs at tp 1 to 8 and on H200s at tp 1 and 2",

@@ -30,7 +30,7 @@ def batch_sizes(largest: int) -> list[int]:
 def prompt_sizes(longest: int) -> list[int]:
     """The numbers of tokens that get a graph, up to one that holds `longest`; a prompt is padded to the next of them.
 
-    Of more tokens than the last, computing takes longer than launching the kernels, at tp 4 as well.
+    For more tokens than the last, computing takes longer than launching the kernels.
     """
     return [size for before, size in zip((0, *PROMPT_SIZES), PROMPT_SIZES, strict=False) if before < longest]
 
