@@ -170,8 +170,16 @@ def test_16_bit_engines_are_close(dtype: torch.dtype, build: Build) -> None:
     assert float(error) < 4 * torch.finfo(dtype).eps
 
 
+def test_every_packed_token_has_its_position_and_its_row() -> None:
+    ints = [torch.tensor(a, dtype=torch.int32) for a in ([0, 3, 4, 5], [100, 7, 0], [5000, 4321, 1])]
+    positions, slots = token_places(5, *ints)
+    assert positions.tolist() == [4997, 4998, 4999, 4320, 0]
+    assert slots.tolist() == [5097, 5098, 5099, 4327, 0]
+    assert positions.dtype == slots.dtype == torch.int64
+
+
 @pytest.mark.parametrize("counts", [[3, 1, 1], [1, 1, 3], [1, 2, 1, 4], [1, 1], [1], [5], [1, 1, 2]])
-def test_every_packed_token_has_its_position_and_its_row(counts: list[int]) -> None:
+def test_packed_tokens_have_their_places_behind_any_number_of_single_ones(counts: list[int]) -> None:
     """Wherever the sequences of one token stand."""
     ends = np.cumsum([0, *counts], dtype=np.int32)
     start, length = [100 * i + 7 for i in range(len(counts))], [50 * i + count for i, count in enumerate(counts)]

@@ -53,6 +53,16 @@ def _byte(words, top, i: tl.constexpr):
 
 
 @triton.jit
+def _add_bytes(acc, words, top, a, b, c, d):
+    """`acc` plus the products of each word's four numbers, the constant in each with them."""
+    acc += _byte(words, top, 0) * a[None, :]
+    acc += _byte(words, top, 1) * b[None, :]
+    acc += _byte(words, top, 2) * c[None, :]
+    acc += _byte(words, top, 3) * d[None, :]
+    return acc
+
+
+@triton.jit
 def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
           SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Four numbers a word, `w` as int32 `[N, K / 4]`."""
@@ -78,17 +88,11 @@ def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.conste
             e, f, g, h = _four(norm, 4 * j + columns, K)
             a, b, c, d = a * e, b * f, c * g, d * h
         excess += (a + b) + (c + d)
-        acc += _byte(tile, top, 0) * a[None, :]
-        acc += _byte(tile, top, 1) * b[None, :]
-        acc += _byte(tile, top, 2) * c[None, :]
-        acc += _byte(tile, top, 3) * d[None, :]
+        acc = _add_bytes(acc, tile, top, a, b, c, d)
         after = j + BLOCK_K
         tile = _weights(pointers + after, rows, after + words, N, count)
         if SWIGLU:
-            acc2 += _byte(tile2, top, 0) * a[None, :]
-            acc2 += _byte(tile2, top, 1) * b[None, :]
-            acc2 += _byte(tile2, top, 2) * c[None, :]
-            acc2 += _byte(tile2, top, 3) * d[None, :]
+            acc2 = _add_bytes(acc2, tile2, top, a, b, c, d)
             tile2 = _weights(pointers2 + after, rows, after + words, N, count)
     more = 32896.0 * excess[None, :]
     result, gate = tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2
