@@ -16,7 +16,12 @@ import pytest
 from conftest import HERE, mpirun, mpirun_command, mpirun_environment
 from makers import LLAMA2_MHA, make_meta_dir
 
+from tpllm import distributed
 from tpllm.cli import main
+from tpllm.distributed import World
+from tpllm.errors import RankError, TimeOutError
+from tpllm.heartbeat import Failure
+from tpllm.launched import FAILURE, FINISHED_FILE
 
 Done = subprocess.CompletedProcess[str]
 
@@ -260,3 +265,24 @@ def test_an_end_of_mpi_that_never_returns(tmp_path: Path) -> None:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
     assert processes_with(mark) == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("what", ["silent", "died"])
+def test_which_of_two_failures_launch_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str,
+                                            first: int) -> None:
+    """Both ends of a cut find the other silent, and files may be shared across it: rank 0's word holds.
+
+    Of deaths, which one rank sees before the others die of it, the first holds.
+    """
+    monkeypatch.setenv(FINISHED_FILE, str(tmp_path / "mark"))
+    monkeypatch.setattr(distributed, "MESSAGE_SECONDS", 0)
+    monkeypatch.setattr(World, "abort", lambda self, code: None)
+    code = TimeOutError.exit_code if what == "silent" else RankError.exit_code
+    for rank in (first, 1 - first):
+        world = World()
+        world.rank = rank
+        world._on_failure(Failure(1 - rank, f"h{1 - rank}", "generate", what, code), told=False)
+    said = (tmp_path / f"mark{FAILURE}").read_text().split("\n", 1)
+    named = 1 if what == "silent" else 1 - first
+    assert said[0] == str(code) and f"rank {named} of 1 on h{named}" in said[1]

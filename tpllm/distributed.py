@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from tpllm.devices import Place
-from tpllm.errors import MismatchError, OutOfMemory, RankError, TpllmError
+from tpllm.errors import MismatchError, OutOfMemory, RankError, TimeOutError, TpllmError
 from tpllm.heartbeat import Failure, Heartbeat
 from tpllm.launched import check_world, launched_by, name_failure, oom_kills
 from tpllm.runlog import RankLog
@@ -188,8 +188,10 @@ class World:
         elif why == "died":
             why = "died without a word: killed, crashed, or its host is lost"
         if not told:
+            # A rank on a host that was cut off finds rank 0 silent, and its file system may be there still.
+            overrule = self.is_first and code == TimeOutError.exit_code
             name_failure(f"tpllm: rank {failure.rank} of {self.size} on {failure.host} failed in {failure.stage}: it "
-                         f"{why}", code)
+                         f"{why}", code, overrule)
         time.sleep(MESSAGE_SECONDS)  # aborting a job drops what is on its way to the console
         self.abort(code)
 

@@ -25,10 +25,13 @@ def leave_mark(code: int) -> None:
         Path(path).write_text(f"{code}\n", encoding="utf-8")
 
 
-def name_failure(text: str, code: int) -> None:
-    """Print it; by way of launch where that is, as Open MPI drops what other ranks print while it ends a job."""
+def name_failure(text: str, code: int, overrule: bool = False) -> None:
+    """Print it; by way of launch where that is, as Open MPI drops what other ranks print while it ends a job.
+
+    Of several, launch gets the first, or the one that is to `overrule` what others said.
+    """
     try:
-        with open(os.environ[FINISHED_FILE] + FAILURE, "x", encoding="utf-8") as file:
+        with open(os.environ[FINISHED_FILE] + FAILURE, "w" if overrule else "x", encoding="utf-8") as file:
             file.write(f"{code}\n{text}\n")
     except FileExistsError:  # by the first of the others to notice
         pass
