@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tpllm.engine.base import MAX_STEP_ROWS, StepInput
+from tpllm.engine.base import StepInput
 from tpllm.scheduler import Arena, Scheduler, Sequence
+
+ROWS = 2048  # of logits in a step
 
 
 class Numbered(Sequence):
@@ -23,7 +25,7 @@ class Numbered(Sequence):
 
 
 def scheduler_of(limits: tuple[int, int, int], *groups: list[Numbered]) -> Scheduler[Numbered]:
-    return Scheduler(*limits, iter(groups))
+    return Scheduler(*limits, ROWS, iter(groups))
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def serve(load: Load) -> tuple[list[int], int]:
             asked.append(index)
             yield branches(index, job)
 
-    scheduler = Scheduler(load.capacity, load.max_batch_size, load.max_step_tokens, source())
+    scheduler = Scheduler(load.capacity, load.max_batch_size, load.max_step_tokens, ROWS, source())
     engine = Engine(load)
     ended: list[int] = []
     admitted: list[int] = []
@@ -324,5 +326,21 @@ def test_sequences_that_want_all_logits_come_in_smaller_parts() -> None:
         work = scheduler.next_step()
         assert work is not None
         found.append((len(work[0].tokens), len(work[0].rows)))
-    assert found == [(MAX_STEP_ROWS + 5000, MAX_STEP_ROWS + 1), (MAX_STEP_ROWS, MAX_STEP_ROWS),
-                     (5000 - 2 * MAX_STEP_ROWS, 5000 - 2 * MAX_STEP_ROWS)]
+    chunk = ROWS - 1  # one for the other sequence
+    assert found == [(chunk + 5000, ROWS), (chunk, chunk), (5000 - 2 * chunk, 5000 - 2 * chunk)]
+
+
+@given(wishes=st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=12),
+       spare=st.integers(0, 5))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_no_step_gives_more_rows_of_logits_than_are_foreseen(wishes: list[tuple[int, bool]], spare: int) -> None:
+    """Whatever is mixed: every step goes on, and all sequences come to their ends."""
+    most = len(wishes) + spare
+    sequences = [Numbered(i, [0] * length, length + 2) for i, (length, _) in enumerate(wishes)]
+    for sequence, (_, every_row) in zip(sequences, wishes, strict=True):
+        sequence.every_row = every_row
+    scheduler = Scheduler(1000, len(wishes), 64, most, iter([[sequence] for sequence in sequences]))
+    while any(sequence.pending for sequence in sequences):
+        work = scheduler.next_step()
+        assert work is not None
+        assert 0 < len(work[0].tokens) <= 64 and len(work[0].rows) <= most

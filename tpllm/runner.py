@@ -129,7 +129,8 @@ class ModelRunner:
         world = self.world
         started = map(lambda job: Answer(job, self.tokenizer).branches, source)  # asked again after its end
         admitted = itertools.takewhile(lambda _: not world.draining, started)
-        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, self.engine.config.build.step_tokens, admitted,
+        build = self.engine.config.build
+        scheduler = Scheduler(self.engine.capacity, self.max_batch_size, build.step_tokens, build.step_rows, admitted,
                               self.engine.unit)
         end: StepInput | None = None
         until = float("inf")

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from tpllm.engine.base import MAX_STEP_ROWS, StepInput
+from tpllm.engine.base import StepInput
 from tpllm.mapping import padded
 
 
@@ -63,12 +63,13 @@ class Scheduler(Generic[S]):
 
     `source` is asked for the next group only when there may be room for it; `unit` is the engine's. A step holds at
     most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
-    Of sequences that want logits for every token it holds fewer, as their logits take more room than they do.
+    It gives at most `max_step_rows` of logits, as they take more room than tokens do and a sequence may want every
+    token's: no fewer than `max_batch_size`.
     """
 
-    def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, source: Iterator[list[S]],
-                 unit: int = 1) -> None:
-        self.max_batch_size, self.max_step_tokens = max_batch_size, max_step_tokens
+    def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, max_step_rows: int,
+                 source: Iterator[list[S]], unit: int = 1) -> None:
+        self.max_batch_size, self.max_step_tokens, self.max_step_rows = max_batch_size, max_step_tokens, max_step_rows
         self.running: list[S] = []
         self._source = source
         self._next: list[S] | None = None  # came from the source, waits for room
@@ -80,7 +81,7 @@ class Scheduler(Generic[S]):
         self._admit()
         if not self.running:
             return None
-        budget, rows = self.max_step_tokens, max(MAX_STEP_ROWS, self.max_batch_size)
+        budget, rows = self.max_step_tokens, self.max_step_rows - sum(not s.every_row for s in self.running)
         parts: list[tuple[S, int]] = []
         # Sequences that only need one token come first: prefill must not hold up decode.
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):

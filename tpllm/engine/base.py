@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 META = "engine.json"
 LAYERS = "layers.json"  # a member that some backends give: what their compiler's inspector says of the layers
 STEP_TOKENS = {"cuda": 8192, "cpu": 2048}  # of one step: longer prompts come in chunks
-MAX_STEP_ROWS = 2048  # of logits in a step, for prompts of which every token's are wanted
+STEP_ROWS = 2048  # of logits in one step: prompts of which every token's are wanted come in smaller chunks
 RANDOM = "random weights"  # the fingerprint of an engine that is built to be measured without a checkpoint
 
 
@@ -53,6 +53,11 @@ class BuildConfig:
     def step_tokens(self) -> int:
         """The most tokens of one step, of a build whose device is known."""
         return self.max_num_tokens or max(STEP_TOKENS[self.device], self.max_batch_size)
+
+    @property
+    def step_rows(self) -> int:
+        """The most rows of logits of one step, of a build whose device is known."""
+        return min(self.step_tokens, max(STEP_ROWS, self.max_batch_size))
 
 
 @dataclass(frozen=True)

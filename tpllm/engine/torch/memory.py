@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tpllm.distributed import World
-from tpllm.engine.base import MAX_STEP_ROWS, EngineConfig
+from tpllm.engine.base import EngineConfig
 from tpllm.errors import OutOfMemory
 from tpllm.mapping import Mapping
 from tpllm.models.base import Model
@@ -52,8 +52,7 @@ def plan_memory(config: EngineConfig, model: Model, mapping: Mapping) -> Plan:
     heads = (local.num_heads + 2 * local.num_kv_heads) * shape.head_size
     # The widest moment of a full step, and logits in float32 before and after they are gathered.
     token = size * (8 * shape.hidden_size + 4 * inner + 2 * heads)
-    rows = min(config.build.step_tokens, MAX_STEP_ROWS + config.build.max_batch_size)
-    workspace = SPARE + config.build.step_tokens * token + rows * 10 * shape.vocab_size
+    workspace = SPARE + config.build.step_tokens * token + config.build.step_rows * 10 * shape.vocab_size
     row = 2 * shape.num_hidden_layers * local.num_kv_heads * shape.head_size * size
     return Plan(weights, workspace, row)
 
