@@ -70,3 +70,10 @@ def test_steps_have_a_token_of_each_sequence() -> None:
         BuildConfig(max_num_tokens=0)
     assert BuildConfig(device="cpu", max_batch_size=3000).step_tokens == 3000
     assert BuildConfig(device="cpu", max_num_tokens=100).step_tokens == 100
+
+
+def test_logits_of_a_step_have_a_row_of_each_sequence() -> None:
+    """And no more rows than they have tokens; whoever wants one of every token gets them in parts."""
+    assert BuildConfig(device="cuda", max_batch_size=512).step_rows == 2048
+    assert BuildConfig(device="cuda", max_batch_size=3000).step_rows == 3000
+    assert BuildConfig(device="cpu", max_num_tokens=100).step_rows == 100
