@@ -35,8 +35,11 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("few", [1, 1 << 30])
 @pytest.mark.parametrize(("rows", "columns"), [(7, 33), (12, 1024), (6, 2752)])
-def test_products_of_one_row(rows: int, columns: int, dtype: torch.dtype, kernels: Any) -> None:
+def test_products_of_one_row(rows: int, columns: int, few: int, dtype: torch.dtype, kernels: Any,
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.gemv, "FEW_PROGRAMS", few)
     torch.manual_seed(rows)
     x, weight, norm = (torch.randn(shape).to(dtype) for shape in ((1, columns), (2 * rows, columns), (columns,)))
     weight /= columns**0.5
@@ -140,4 +143,4 @@ def test_rotation_and_store(heads: int, kv_heads: int, size: int, kernels: Any) 
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 25)
+    run_interpreted(__file__, 31)

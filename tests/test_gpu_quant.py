@@ -60,9 +60,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("few", [1, 1 << 30])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("algo", ALGOS)
-def test_one_row(algo: str, dtype: str, kernels: Any) -> None:
+def test_one_row(algo: str, dtype: str, few: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FEW_PROGRAMS", few)
     torch.manual_seed(1)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -86,9 +88,11 @@ def test_one_row(algo: str, dtype: str, kernels: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("full", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("algo", ALGOS)
-def test_several_rows(algo: str, dtype: str, kernels: Any) -> None:
+def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FULL", full)
     torch.manual_seed(2)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -102,7 +106,7 @@ def test_several_rows(algo: str, dtype: str, kernels: Any) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 12, "-k", "row")
+    run_interpreted(__file__, 24, "-k", "row")
 
 
 # Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BLOCK_N, BLOCK_K, WARPS = 2, 1024, 4
+ROWS = 2  # of the matrix in a program; both halves of SwiGLU count
+FEW_PROGRAMS = 4096  # below these each has more warps: enough loads must be under way
+NUMBERS = 8  # of each row in a program's tile, for each of its threads
 
 
 @triton.jit
@@ -84,11 +86,12 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
 
     With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half.
     """
-    size = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    size, rows = (weight.shape[0] // 2, ROWS // 2) if swiglu else (weight.shape[0], ROWS)
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early = launches_early(x.device)
-    _gemv[(triton.cdiv(size, BLOCK_N),)](
+    early, programs = launches_early(x.device), triton.cdiv(size, rows)
+    warps = 4 if programs < FEW_PROGRAMS else 2
+    _gemv[(programs,)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
         weight.shape[1], epsilon, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu,
-        EARLY=early, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS, launch_pdl=early)
+        EARLY=early, BLOCK_N=rows, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early)
     return out

@@ -16,11 +16,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpllm.engine.torch.kernels.gemv import _finish, _gemv, _weights, launches_early
 
 ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
-FEW_PROGRAMS = 1024  # up to these, each has twice the warps: enough loads must be under way
-INT8_NUMBERS, INT4_WORDS = 8, 4  # of each row in a program's tile, for each of its threads
+FEW_PROGRAMS = 2048  # below these each has more warps: enough loads must be under way
+WORDS = 4  # of each row in a program's tile, for each of its threads
 BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
 HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
+FULL = 256  # programs of such a product that keep a GPU busy
+OF_ONE = {torch.bfloat16: (0x4300, 136.0), torch.float16: (0x6400, 1032.0)}  # bits of 128 and 1,024; see `_few_rows`
 
 
 @triton.jit
@@ -169,45 +171,69 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     int8 = weight.dtype == torch.int8
     rows = ROWS // 2 if swiglu else ROWS
     programs = triton.cdiv(size, rows)
-    warps = (2 if int8 else 1) * (2 if programs < FEW_PROGRAMS else 1)
-    tile = 32 * warps * (INT8_NUMBERS if int8 else INT4_WORDS)
+    warps = 4 if programs < FEW_PROGRAMS else 2 if int8 else 1
     inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
-               "BLOCK_N": rows, "BLOCK_K": tile, "num_warps": warps, "launch_pdl": early}
+               "BLOCK_N": rows, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
     if int8 and columns % 4 == 0 and x.dtype != torch.float32:
-        options["BLOCK_K"] = tile // 4
         _int8[(programs,)](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
     elif int8:
-        _gemv[(programs,)](*inputs, SCALED=True, **options)
+        _gemv[(programs,)](*inputs, SCALED=True, **options | {"BLOCK_K": 256 * warps})
     else:
         _int4[(programs,)](*inputs, *BITS, **options)
     return out
 
 
+@triton.jit
+def _dot(row, tile, acc, TURNED: tl.constexpr):
+    if TURNED:
+        return tl.dot(tile, tl.trans(row), acc)
+    else:
+        return tl.dot(row, tl.trans(tile), acc)
+
+
+@triton.jit
+def _place(rows, lines, TURNED: tl.constexpr):
+    """Indices of the result as `_dot` has it: rows of x and of the matrix."""
+    if TURNED:
+        return rows[None, :], lines[:, None]
+    else:
+        return rows[:, None], lines[None, :]
+
+
 @triton.jit(do_not_specialize=["M"])
-def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A group of 128 columns at a time."""
+def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr, OF_ONE: tl.constexpr, MORE: tl.constexpr):
+    """A group of 128 columns at a time. With TURNED the matrix is the tensor cores' left operand, with INT4 too.
+
+    INT4: a number among the lowest bits of OF_ONE is MORE too large.
+    """
     rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns, words, groups = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128)
     weights, valid = w + lines.to(tl.int64)[:, None] * (groups * 16 if INT4 else K), (lines < N)[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x_rows, inside = x + rows[:, None] * K, (rows < M)[:, None]
+    row_place, line_place = _place(rows, lines, TURNED)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_N], tl.float32)
     for g in range(groups):
-        place = (g * 128 + columns)[None, :]
-        row = tl.load(x + rows[:, None] * K + place, mask=(rows < M)[:, None] & (place < K), other=0.0)
         if INT4:
             tile = tl.load(weights + g * 16 + words[None, :], mask=valid, other=0)
-            numbers = ((tile[:, None, :] >> (tl.arange(0, 8) * 4)[None, :, None]) & 15) - 8
-            tile = tl.reshape(numbers, [BLOCK_N, 128]).to(row.dtype)
-            scale = tl.load(scales + lines * groups + g, mask=lines < N, other=0.0).to(tl.float32)
-            acc += tl.dot(row, tl.trans(tile)) * scale[None, :]
+            part = tl.zeros_like(acc)
+            for i in tl.static_range(8):
+                place = (g * 128 + 16 * i + words)[None, :]
+                row = tl.load(x_rows + place, mask=inside & (place < K), other=0.0)
+                bits = ((tile >> (4 * i)) & 15) | OF_ONE
+                part = _dot(row, bits.to(tl.int16).to(row.dtype, bitcast=True) - MORE, part, TURNED)
+            acc += part * tl.load(scales + line_place * groups + g, mask=line_place < N, other=0.0).to(tl.float32)
         else:
+            place = (g * 128 + columns)[None, :]
+            row = tl.load(x_rows + place, mask=inside & (place < K), other=0.0)
             tile = tl.load(weights + place, mask=valid & (place < K), other=0).to(row.dtype)
-            acc = tl.dot(row, tl.trans(tile), acc)
+            acc = _dot(row, tile, acc, TURNED)
     if not INT4:
-        acc *= tl.load(scales + lines, mask=lines < N, other=0.0)[None, :]
-    tl.store(out + rows[:, None] * N + lines[None, :], acc.to(out.dtype.element_ty),
-             mask=(rows < M)[:, None] & (lines < N)[None, :])
+        acc *= tl.load(scales + line_place, mask=line_place < N, other=0.0)
+    tl.store(out + row_place * N + line_place, acc.to(out.dtype.element_ty),
+             mask=(row_place < M) & (line_place < N))
 
 
 @triton.jit
@@ -238,7 +264,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
         _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=int4, BLOCK=1024)
         return F.linear(x, whole)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    block = max(16, triton.next_power_of_2(m))
-    _few_rows[(triton.cdiv(n, 32),)](x, weight, scale, out, m, n, k, INT4=int4, BLOCK_M=block, BLOCK_N=32, num_warps=4,
-                                     num_stages=6 if block <= 32 else 4)
+    turned = int4 or m > 32
+    lines = 64 if turned or n >= 64 * FULL else 32
+    one, more = OF_ONE[x.dtype]
+    _few_rows[(triton.cdiv(n, lines),)](
+        x, weight, scale, out, m, n, k, INT4=int4, TURNED=turned, BLOCK_M=max(16, triton.next_power_of_2(m)),
+        BLOCK_N=lines, OF_ONE=one, MORE=more, num_warps=4, num_stages=3 if turned else 5)
     return out
