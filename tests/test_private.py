@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tpllm.compiler import find_compiler
+from tpllm.compiler import compiler_problem, find_compiler
 from tpllm.engine.torch import private
 
 PACKAGE = Path(private.__file__).parents[2]
@@ -64,8 +65,17 @@ def test_the_compiler_takes_our_arguments_and_options() -> None:
     signature = inspect.signature(resolve("torch._inductor.aoti_compile_and_package"))
     signature.bind(None, package_path="x.pt2", inductor_configs=private.COMPILE_OPTIONS)
     config: Any = importlib.import_module("torch._inductor.config")
-    for option in [*private.COMPILE_OPTIONS, "aot_inductor.output_path"]:
-        assert isinstance(config.get_type(option), type)
+    for option in [*private.COMPILE_OPTIONS, *private.CUDA_OPTIONS, "aot_inductor.output_path"]:
+        assert option in config.get_config_copy()
+
+
+@pytest.mark.parametrize(("command", "problem"), [("g++", None), ("g++ -static-libstdc++", "statically"),
+                                                  ("g++ -no-such-option", "does not compile")])  # fmt: skip
+def test_a_compiler_is_tried_first(command: str, problem: str | None) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    found = compiler_problem(command)
+    assert found is None if problem is None else problem in (found or "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,7 +101,7 @@ def test_compiling_leaves_nothing_where_other_ranks_compile() -> None:
     cache = Path(resolve("torch._inductor.runtime.cache_dir_utils.cache_dir")())
     before = set(cache.rglob("*.wrapper*"))
     exported = torch.export.export(Add(), (torch.zeros(2),))
-    package = private.compile_package(exported, find_compiler(print))
+    package = private.compile_package(exported, find_compiler(print), torch.device("cpu"))
     assert set(cache.rglob("*.wrapper*")) == before
     run = private.load_package(package, {}, torch.device("cpu"))
     torch.testing.assert_close(run(torch.ones(2)), torch.tensor([1.0, 2.0]) + new)

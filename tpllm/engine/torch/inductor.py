@@ -75,7 +75,7 @@ class InductorBackend(Backend):
                 if leader == world.rank:
                     if world.local_rank > 0 and has_room_twice(rank.program, world.local_size):
                         single.begin(stack)
-                    members = {"mixed.pt2": compile_package(mixed, single.compiler),
+                    members = {"mixed.pt2": compile_package(mixed, single.compiler, single.device),
                                f"{single.name}.pt2": single.made(),
                                ISA: " ".join(sorted(features(single.device))).encode()}
                     write_rank_engine(out, config, mapping, rank.fingerprint, found, members | rank.members)
@@ -152,7 +152,7 @@ def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = find_model(config.model.architecture, model_file)(config.model)
-    return compile_package(GRAPHS[name](StepProgram(model, mapping, device), config), compiler)
+    return compile_package(GRAPHS[name](StepProgram(model, mapping, device), config), compiler, device)
 
 
 def has_room_twice(program: StepProgram, compiling: int) -> bool:

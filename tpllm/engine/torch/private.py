@@ -18,10 +18,12 @@ COMPILE_OPTIONS = {
     # A precompiled header saves a file's compiler 1 s and takes 4 s, and each is used once.
     "aot_inductor.precompile_headers": False,
 }
+# Finding the processor's vectors takes ten Pythons that import PyTorch, and a GPU's graph has no loops for them.
+CUDA_OPTIONS = {"cpp.vec_isa_ok": False}
 
 
-def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> bytes:
-    """An exported graph compiled ahead of time, as the bytes of AOTInductor's `.pt2` archive.
+def compile_package(exported: torch.export.ExportedProgram, compiler: str, device: torch.device) -> bytes:
+    """A graph exported for a device compiled ahead of time, as the bytes of AOTInductor's `.pt2` archive.
 
     Its files get a directory of their own: Inductor names one by the graph's code without its constants, where
     ranks whose graphs differ in a constant only would overwrite each other's files.
@@ -30,12 +32,12 @@ def compile_package(exported: torch.export.ExportedProgram, compiler: str) -> by
     import torch._inductor.config
 
     lower_operators(exported)
+    options = COMPILE_OPTIONS | (CUDA_OPTIONS if device.type == "cuda" else {}) | {"cpp.cxx": (compiler,)}
     with (tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings(),
           torch._inductor.config.patch({"aot_inductor.output_path": scratch})):
         warnings.simplefilter("ignore", FutureWarning)
         path = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(Path(scratch, "step.pt2")),
-            inductor_configs=COMPILE_OPTIONS | {"cpp.cxx": (compiler,)})
+            exported, package_path=str(Path(scratch, "step.pt2")), inductor_configs=options)
         return Path(path).read_bytes()
 
 
