@@ -22,6 +22,7 @@ from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
 MAX_SEQ, ROWS = 96, 300
+SPARE_ROWS = 64  # as many as padding of the largest prompts' graph takes here
 CPU = torch.device("cpu")
 
 
@@ -53,6 +54,7 @@ class Made:
         self.reference, self.capture = Reference(built.meta), Recalled()
         patch.setattr(cuda, "Capture", lambda: self.capture)
         patch.setattr(cuda, "flash_takes", lambda _: True)
+        patch.setattr(cuda, "SPARE_ROWS", SPARE_ROWS)
         config = built.config
         model = find_model(config.model.architecture)(config.model)
         program = StepProgram(model, Mapping(1), CPU)

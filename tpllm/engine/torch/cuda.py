@@ -117,7 +117,8 @@ class CudaEngine(Engine):
 
     def _prompt(self, size: int, capture: Capture) -> tuple[torch.Tensor, Captured]:
         """The inputs of a graph for one prompt of up to `size` tokens, and the graph."""
-        arrays = self._one_sequence(np.zeros(0, np.int32), self.capacity, 0, 0, size)
+        count = max(0, size - SPARE_ROWS)  # what does not fit into the spare rows runs in the arena, still empty
+        arrays = self._one_sequence(np.zeros(count, np.int32), 0, count, 0, size)
         packed = torch.from_numpy(pack(arrays)).to(self._cache.device)
         inputs = unpack(packed, [len(array) for array in arrays])
         return packed, capture(lambda: self._mixed(*inputs, self._cache))
