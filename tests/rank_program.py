@@ -1,7 +1,7 @@
 """Runs under mpirun: a list of jobs on every rank, so that all cases of one rank count share a start.
 
 `mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
-"prompts": […], "out": file}`, or `{"hosts": N}`: the ranks then look to NCCL like N hosts.
+"prompts": […], "out": file}`, `{"in parts": engine_dir}`, or `{"hosts": N}`: the ranks then look to NCCL like N hosts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tpllm import ModelRunner
 from tpllm.cli import main
 from tpllm.distributed import World
 from tpllm.engine.base import StepInput
+from tpllm.engine.torch.collectives import communicator
 
 
 def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
@@ -50,6 +51,23 @@ def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tens
     return [torch.cat(parts) for parts in found]
 
 
+def check_in_parts(world: World) -> None:
+    """A product of more rows than one message has, whose sums over the GPUs go part by part."""
+    gpus = communicator()
+    assert gpus is not None
+    torch.manual_seed(7)
+    residual, norm = torch.randn(4500, gpus.width), torch.randn(gpus.width)
+    torch.manual_seed(world.rank)
+    x, weight = torch.randn(4500, 96), torch.randn(gpus.width, 96) / 10
+    x, weight, residual, norm = (t.to(gpus.dtype) for t in (x, weight, residual, norm))
+    found = gpus.linear_all_reduce_add_norm(*(t.to(gpus.device) for t in (x, weight, residual, norm)), 1e-5).cpu()
+    total = residual.double() + sum(world.allgather(x.double() @ weight.double().T))
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
+    for part, expected in zip(found.double(), (total, normed), strict=True):
+        assert (part - expected).norm() < 1e-2 * expected.norm()
+    assert all(torch.equal(found, others) for others in world.allgather(found))
+
+
 def run_job(job: dict[str, Any], world: World) -> None:
     if "tpllm" in job:
         code = main(job["tpllm"])
@@ -57,6 +75,9 @@ def run_job(job: dict[str, Any], world: World) -> None:
             raise RuntimeError(f"exit code {code}: {job['tpllm']}")
     elif "hosts" in job:
         os.environ["NCCL_HOSTID"] = f"host{world.rank * job['hosts'] // world.size}"
+    elif "in parts" in job:
+        ModelRunner.from_dir(job["in parts"], world=world)
+        check_in_parts(world)
     else:
         logits = all_logits(ModelRunner.from_dir(job["logits"], world=world), job["prompts"])
         if world.is_first:

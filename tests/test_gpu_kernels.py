@@ -1,13 +1,17 @@
 """Each kernel of a step against what it stands for, in float64; without a GPU in Triton's interpreter."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, INTERPRETED, need_kernels, run_interpreted
+import torch.distributed as dist
+from interpreted import DEVICE, GPU, INTERPRETED, need_kernels, run_interpreted
 from torch import Tensor
 from torch.nn.functional import silu
+
+from tpllm.engine.torch import communicator
 
 # of ‖found - expected‖ / ‖expected‖
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -53,6 +57,28 @@ def test_products_of_one_row(rows: int, columns: int, few: int, dtype: torch.dty
         found = kernels.gemv.gemv(x.to(DEVICE), weight.to(DEVICE), norm.to(DEVICE) if with_norm else None, 1e-5,
                                   residual.to(DEVICE) if with_residual else None, swiglu)
         close(found, expected + residual.double() if with_residual else expected, dtype)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of one rank."""
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [8, 11, 17])
+def test_a_product_that_is_summed_in_parts(rows: int, kernels: Any, group: None,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communicator, "PART_ROWS", 4)
+    alone: communicator.Communicator = object.__new__(communicator.Communicator)
+    torch.manual_seed(rows)
+    x, weight, residual, norm = (torch.randn(shape) for shape in ((rows, 48), (64, 48), (rows, 64), (64,)))
+    found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5)
+    expected = residual.double() + x.double() @ weight.double().T
+    close(found[0], expected, torch.float32)
+    close(found[1], rms_norm(expected, norm.double()), torch.float32)
 
 
 @pytest.mark.gpu
@@ -143,4 +169,4 @@ def test_rotation_and_store(heads: int, kv_heads: int, size: int, kernels: Any) 
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 31)
+    run_interpreted(__file__, 34)

@@ -208,7 +208,7 @@ def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], shapes: An
 def count_collectives(exported: torch.export.ExportedProgram) -> dict[str, int]:
     """How often each collective stands in a graph."""
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    return {op: sum(name.startswith(f"tpllm.{op}") for name in names) for op in ("all_reduce", "all_gather")}
+    return {op: sum(name.startswith("tpllm.") and op in name for name in names) for op in ("all_reduce", "all_gather")}
 
 
 def write_rank_engine(out: Path, config: EngineConfig, mapping: Mapping, fingerprint: str,

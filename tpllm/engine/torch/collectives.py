@@ -16,6 +16,9 @@ library.define("all_reduce(Tensor x) -> Tensor")
 library.define("all_gather(Tensor x, int ranks) -> Tensor")
 # On GPUs what follows an all-reduce in a layer is done in the same kernel. One result: the sum and its norm, stacked.
 library.define("all_reduce_add_norm(Tensor x, Tensor residual, Tensor norm, float epsilon) -> Tensor")
+# The product before it too, so that of many rows some are summed while others are computed.
+library.define("linear_all_reduce_add_norm(Tensor x, Tensor weight, Tensor residual, Tensor norm, float epsilon) -> "
+               "Tensor")
 
 # A compiled graph calls its operators by name, so the ranks they speak to cannot be passed as an argument.
 _bound: list[World] = [World()]
@@ -66,6 +69,12 @@ def _all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Te
     return _gpus[0].all_reduce_add_norm(x, residual, norm, epsilon)
 
 
+@torch.library.impl(library, "linear_all_reduce_add_norm", "CUDA")
+def _linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                                epsilon: float) -> torch.Tensor:
+    return _gpus[0].linear_all_reduce_add_norm(x, weight, residual, norm, epsilon)
+
+
 @torch.library.register_fake("tpllm::all_reduce", lib=library)
 def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
@@ -79,6 +88,12 @@ def _(x: torch.Tensor, ranks: int) -> torch.Tensor:
 @torch.library.register_fake("tpllm::all_reduce_add_norm", lib=library)
 def _(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
     return x.new_empty((2, *x.shape))
+
+
+@torch.library.register_fake("tpllm::linear_all_reduce_add_norm", lib=library)
+def _(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+      epsilon: float) -> torch.Tensor:
+    return x.new_empty((2, *residual.shape))
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -97,4 +112,11 @@ def all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Ten
                         epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`residual` plus the sum of `x` over the ranks, and that sum's root-mean-square norm times `norm`."""
     total, normed = torch.ops.tpllm.all_reduce_add_norm(x, residual, norm, epsilon).unbind(0)
+    return total, normed
+
+
+def linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                               epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`all_reduce_add_norm` of `x [T, in]` times `weight [width, in]`."""
+    total, normed = torch.ops.tpllm.linear_all_reduce_add_norm(x, weight, residual, norm, epsilon).unbind(0)
     return total, normed

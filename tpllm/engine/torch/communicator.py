@@ -23,6 +23,7 @@ from tpllm.settings import choice
 
 PUSH_BYTES = 4 << 20  # of one message through peer memory in one trip; above, every byte would cross too often
 ROW_COUNTS = (1, 8, 32, 128, 512, 2048)  # of the messages that are measured
+PART_ROWS = 2048  # at least, of a product whose sums over the ranks are made part by part
 REPEATS, PER_GRAPH = 5, 8
 PATHS = ("push", "two-shot", "nccl")
 
@@ -61,6 +62,26 @@ class Communicator:
         from tpllm.engine.torch.kernels.norm import add_norm
 
         return add_norm(self.all_reduce(x), residual, norm, epsilon)
+
+    def linear_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
+                                   norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """The same of `x [rows, in]` times `weight [width, in]`: some rows are summed while others are computed."""
+        from tpllm.engine.torch.kernels.norm import add_norm
+
+        count = x.shape[0] // PART_ROWS
+        if count < 2:
+            return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
+        products, out = torch.empty_like(residual), residual.new_empty((2, *residual.shape))
+        parts = list(zip(products.chunk(count), x.chunk(count), residual.chunk(count), out.chunk(count, 1),
+                         strict=True))
+        sums = []
+        for product, rows, _, _ in parts:
+            torch.mm(rows, weight.t(), out=product)
+            sums.append(dist.all_reduce(product, async_op=True))
+        for done, (product, _, before, after) in zip(sums, parts, strict=True):
+            done.wait()  # holds up the GPU's stream, not the host
+            add_norm(product, before, norm, epsilon, after)
+        return out
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x`: `[ranks, …]`."""

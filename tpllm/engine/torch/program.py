@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpllm.config import ModelConfig
 from tpllm.engine.torch import quantized
 from tpllm.engine.torch.attention import attend, rotate_and_attend, rotation
-from tpllm.engine.torch.collectives import all_gather, all_reduce, all_reduce_add_norm
+from tpllm.engine.torch.collectives import all_gather, all_reduce, all_reduce_add_norm, linear_all_reduce_add_norm
 from tpllm.engine.torch.merge import Survey, merged_name, survey
 from tpllm.engine.torch.private import linear
 from tpllm.mapping import Mapping
@@ -106,6 +106,7 @@ class TorchOps:
         self.slots, self.runs = slots, runs
         self._rotations: list[tuple[Tensor, Tensor]] = []  # (rotated, what it was before)
         self._adds = 0
+        self._made: tuple[Tensor, Tensor, Tensor] | None = None  # the last plain product, of what and which weight
         self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
         self._normed: tuple[Tensor, Tensor] | None = None  # the last sum that was normed in the same kernel, its norm
         if self._fused:
@@ -160,7 +161,9 @@ class TorchOps:
         weight, bias, scale = self._get(name + ".weight"), self._find(name + ".bias"), self._scale(name)
         if not self._streams:
             if scale is None:
-                return linear(x, weight, bias)
+                y = linear(x, weight, bias)
+                self._made = (y, x, weight) if bias is None else None
+                return y
             y = quantized.linear(x, weight, scale)
             return y if bias is None else y + bias
         # The compiler makes one loop of this, which reads weights as fast as memory gives them.
@@ -215,8 +218,13 @@ class TorchOps:
                 # copy of the residual: here it becomes part of the norm behind it.
                 return (a.float() + b.float()).to(a.dtype)
             return a + b
-        # The all-reduce alone is then used by nobody and dropped by the compiler.
-        self._normed = all_reduce_add_norm(self._reduced[1], a, self._get(norm + ".weight"), self.config.norm_epsilon)
+        # The all-reduce alone is then used by nobody and dropped by the compiler, as is the product.
+        rest = (a, self._get(norm + ".weight"), self.config.norm_epsilon)
+        product = self._reduced[1]
+        if self._made and product is self._made[0]:
+            self._normed = linear_all_reduce_add_norm(self._made[1], self._made[2], *rest)
+        else:
+            self._normed = all_reduce_add_norm(product, *rest)
         return self._normed[0]
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ def _add_norm(x, residual, norm, total, normed, N, epsilon, BLOCK: tl.constexpr)
                        epsilon)
 
 
-def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`x + residual [rows, width]` and its norm times `norm [width]`, stacked."""
-    out = x.new_empty((2, *x.shape))
+def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+    """`x + residual [rows, width]` and its norm times `norm [width]`, stacked; in `out` where it is given."""
+    out = x.new_empty((2, *x.shape)) if out is None else out
     total, normed = out.unbind(0)
     block = triton.next_power_of_2(x.shape[1])
     _add_norm[(x.shape[0],)](x, residual, norm, total, normed, x.shape[1], epsilon, BLOCK=block,
