@@ -102,14 +102,27 @@ def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.conste
 
 
 @triton.jit
-def _chunks(parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of four words each, which one thread has: `[ROWS, BLOCK / 4]`."""
-    return tl.sum(tl.reshape(parts, [ROWS, BLOCK // 4, 4]), 2)
+def _quarters(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The four neighbouring words that each thread has of each row: four times `[ROWS, BLOCK / 4]`."""
+    even, odd = tl.split(tl.reshape(tile, [ROWS, BLOCK // 2, 2]))
+    a, c = tl.split(tl.reshape(even, [ROWS, BLOCK // 4, 2]))
+    b, d = tl.split(tl.reshape(odd, [ROWS, BLOCK // 4, 2]))
+    return a, b, c, d
+
+
+@triton.jit
+def _add_numbers(acc, words, of_16, of_256, i: tl.constexpr, a, b, c, d):
+    """`acc` plus the products of number i of each of four words, the constant in each with them."""
+    acc += _numbers(words[0], of_16, of_256, i) * a[None, :]
+    acc += _numbers(words[1], of_16, of_256, i) * b[None, :]
+    acc += _numbers(words[2], of_16, of_256, i) * c[None, :]
+    acc += _numbers(words[3], of_16, of_256, i) * d[None, :]
+    return acc
 
 
 @triton.jit
 def _scales(pointers, rows, chunks, N, count):
-    """Of the group that each chunk of four words is in."""
+    """Of the group that each four words are in."""
     mask = (rows < N)[:, None] & (chunks < count)[None, :]
     return tl.load(pointers + chunks[None, :] // 4, mask=mask, other=0.0).to(tl.float32)
 
@@ -132,30 +145,29 @@ def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM:
     if EARLY:
         gdc_wait()
     acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K // 4], tl.float32)
     for j in range(0, count, BLOCK_K):
+        four = _quarters(tile, BLOCK_N, BLOCK_K)
+        four2 = _quarters(tile2, BLOCK_N, BLOCK_K) if SWIGLU else four
+        part, part2 = tl.zeros_like(acc), tl.zeros_like(acc)
+        excess = tl.zeros_like(squares)
         for i in tl.static_range(8):
             place = j * 8 + columns + 16 * i
-            row = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+            a, b, c, d = _four(x, place, K)
             if NORM:
-                squares += row * row
-                row *= tl.load(norm + place, mask=place < K, other=0.0).to(tl.float32)
-            excess = row * (264.0 if i % 2 == 1 and i < 7 else 24.0)
-            product = _numbers(tile, of_16, of_256, i) * row[None, :]
-            product2 = _numbers(tile2, of_16, of_256, i) * row[None, :] if SWIGLU else product
-            if i == 0:
-                total, part, part2 = excess, product, product2
-            else:
-                total += excess
-                part += product
-                part2 += product2
-        total = _chunks(total[None, :], 1, BLOCK_K)
-        acc += (_chunks(part, BLOCK_N, BLOCK_K) - total) * scale
+                squares += a * a + b * b + c * c + d * d
+                e, f, g, h = _four(norm, place, K)
+                a, b, c, d = a * e, b * f, c * g, d * h
+            excess += ((a + b) + (c + d)) * (264.0 if i % 2 == 1 and i < 7 else 24.0)
+            part = _add_numbers(part, four, of_16, of_256, i, a, b, c, d)
+            if SWIGLU:
+                part2 = _add_numbers(part2, four2, of_16, of_256, i, a, b, c, d)
+        acc += (part - excess[None, :]) * scale
         after = j + BLOCK_K
         tile = _weights(pointers + after, rows, after + words, N, count)
         scale = _scales(factors, rows, after // 4 + chunks, N, groups * 4)
         if SWIGLU:
-            acc2 += (_chunks(part2, BLOCK_N, BLOCK_K) - total) * scale2
+            acc2 += (part2 - excess[None, :]) * scale2
             tile2 = _weights(pointers2 + after, rows, after + words, N, count)
             scale2 = _scales(factors2, rows, after // 4 + chunks, N, groups * 4)
     _finish(tl.sum(acc, 1), tl.sum(acc2, 1), tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL,
