@@ -7,15 +7,22 @@ reads its first weights, while the one before it still runs, and waits for it on
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ROWS = 2  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 4096  # below these each has more warps: enough loads must be under way
 NUMBERS = 8  # of each row in a program's tile, for each of its threads
+
+
+class Tile(NamedTuple):
+    """Of a program: rows of the matrix, both halves of SwiGLU counted, and warps."""
+
+    rows: int
+    warps: int
 
 
 @triton.jit
@@ -80,18 +87,23 @@ def launches_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def tile_of(size: int, swiglu: bool) -> Tile:
+    """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
+    return Tile(2, 4 if triton.cdiv(size, 1 if swiglu else 2) < FEW_PROGRAMS else 2)
+
+
 def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
          residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
     """`[1, N]`: x or, with `norm [K]`, its root-mean-square norm, times `weight [N, K]`, plus `residual [1, N]`.
 
     With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half.
     """
-    size, rows = (weight.shape[0] // 2, ROWS // 2) if swiglu else (weight.shape[0], ROWS)
+    size = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early, programs = launches_early(x.device), triton.cdiv(size, rows)
-    warps = 4 if programs < FEW_PROGRAMS else 2
-    _gemv[(programs,)](
+    early, (rows, warps) = launches_early(x.device), tile_of(size, swiglu)
+    block = rows // 2 if swiglu else rows
+    _gemv[(triton.cdiv(size, block),)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
         weight.shape[1], epsilon, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu,
-        EARLY=early, BLOCK_N=rows, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early)
+        EARLY=early, BLOCK_N=block, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early)
     return out

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import _finish, _gemv, _weights, launches_early
+from tpllm.engine.torch.kernels.gemv import Tile, _finish, _gemv, _weights, launches_early
 
-ROWS = 8  # of the matrix in a program; both halves of SwiGLU count
 FEW_PROGRAMS = 2048  # below these each has more warps: enough loads must be under way
 WORDS = 4  # of each row in a program's tile, for each of its threads
 BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
@@ -174,6 +173,11 @@ def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM:
             SWIGLU)
 
 
+def tile_of(int8: bool, size: int, swiglu: bool) -> Tile:
+    """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
+    return Tile(8, 4 if triton.cdiv(size, 4 if swiglu else 8) < FEW_PROGRAMS else 2 if int8 else 1)
+
+
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
          residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
     """`[1, N]` as `gemv.gemv` has it, of the weight `[N, K]` or, with `swiglu`, `[2N, K]` that the two stand for."""
@@ -181,19 +185,19 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early = launches_early(x.device)
     int8 = weight.dtype == torch.int8
-    rows = ROWS // 2 if swiglu else ROWS
-    programs = triton.cdiv(size, rows)
-    warps = 4 if programs < FEW_PROGRAMS else 2 if int8 else 1
+    rows, warps = tile_of(int8, size, swiglu)
+    block = rows // 2 if swiglu else rows
+    grid = (triton.cdiv(size, block),)
     inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
-               "BLOCK_N": rows, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
+               "BLOCK_N": block, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
     if int8 and columns % 4 == 0 and x.dtype != torch.float32:
-        _int8[(programs,)](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
+        _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
     elif int8:
-        _gemv[(programs,)](*inputs, SCALED=True, **options | {"BLOCK_K": 256 * warps})
+        _gemv[grid](*inputs, SCALED=True, **options | {"BLOCK_K": 256 * warps})
     else:
-        _int4[(programs,)](*inputs, *BITS, **options)
+        _int4[grid](*inputs, *BITS, **options)
     return out
 
 

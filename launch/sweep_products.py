@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Products of one row on this machine's GPU: tiles of a program, for the matrices of published shapes.
+
+What `tpllm/engine/torch/kernels/gemv*.py` take is the fastest over these. Each is timed in a CUDA graph over so many
+matrices of its shape that none is read from a cache. Run it with a Python that has PyTorch for CUDA:
+
+    PYTHONPATH=. python3 launch/sweep_products.py --output-file build/products.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tpllm.engine.torch.kernels import gemv, gemv_quantized
+from tpllm.records import append_record
+
+BYTES, REPEATS = 400 << 20, 5
+TILES = {"bf16": list(product((2, 4), (2, 4, 8))), "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
+         "int4": list(product((4, 8, 16), (1, 2, 4)))}
+
+
+class Matrix(NamedTuple):
+    """What a product of a layer is: results, columns, and what is done before and after it."""
+
+    size: int
+    columns: int
+    norm: bool
+    swiglu: bool = False
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.size if self.swiglu else self.size
+
+
+MATRICES = {
+    "7B qkv": Matrix(12288, 4096, True), "7B dense": Matrix(4096, 4096, False),
+    "7B fc, gate": Matrix(11008, 4096, True, swiglu=True), "7B proj": Matrix(4096, 11008, False),
+    "7B tp 2 qkv": Matrix(6144, 4096, True), "7B tp 2 dense": Matrix(4096, 2048, False),
+    "7B tp 2 fc, gate": Matrix(5504, 4096, True, swiglu=True), "7B tp 2 proj": Matrix(4096, 5504, False),
+    "8B fc, gate": Matrix(14336, 4096, True, swiglu=True), "8B proj": Matrix(4096, 14336, False),
+}
+Weights = tuple[torch.Tensor, ...]
+
+
+def make(kind: str, matrix: Matrix) -> Weights:
+    """Random bits; of scales and bfloat16 small numbers."""
+    rows, groups = matrix.rows, -(-matrix.columns // 128)
+    if kind == "bf16":
+        return (torch.randn(rows, matrix.columns, device="cuda", dtype=torch.bfloat16),)
+    if kind == "int8":
+        return (torch.randint(-127, 128, (rows, matrix.columns), device="cuda", dtype=torch.int8),
+                torch.rand(rows, device="cuda"))
+    return (torch.randint(-2 ** 31, 2 ** 31 - 1, (rows, groups * 16), device="cuda", dtype=torch.int32),
+            torch.rand(rows, groups, device="cuda").bfloat16())
+
+
+def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Weights]) -> Callable[[], None]:
+    """What multiplies a row with each of them."""
+    x, residual = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (matrix.columns, matrix.size))
+    norm = torch.ones(matrix.columns, device="cuda", dtype=torch.bfloat16) if matrix.norm else None
+    module = gemv if kind == "bf16" else gemv_quantized
+    rest = (norm, 1e-5, None if matrix.norm else residual, matrix.swiglu)
+
+    def run() -> None:
+        module.tile_of = lambda *_: gemv.Tile(*tile)  # type: ignore[attr-defined]
+        for each in weights:
+            module.gemv(x, *each, *rest)
+
+    return run
+
+
+def compile_cases(cases: list[tuple[str, str, tuple[int, int]]]) -> None:
+    """Into Triton's cache, from where the process that measures takes them."""
+    for kind, name, tile in cases:
+        products(kind, MATRICES[name], tile, [make(kind, MATRICES[name])])()
+    torch.cuda.synchronize()
+
+
+def microseconds(run: Callable[[], None], count: int) -> float:
+    """Of one of `count` products, the median of several replays."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    found: list[float] = []
+    for _ in range(REPEATS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        found.append(began.elapsed_time(ended) * 1e3 / count)
+    return statistics.median(found)
+
+
+def record_of(kind: str, name: str, size: int, took: dict[tuple[int, int], float]) -> dict[str, Any]:
+    matrix = MATRICES[name]
+    return {"kind": "products", "weights": kind, "matrix": name, "rows": matrix.rows, "columns": matrix.columns,
+            "bytes": size, "us": {f"{rows} rows, {warps} warps": round(us, 2) for (rows, warps), us in took.items()},
+            "device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__},
+            "command": " ".join(["launch/sweep_products.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", nargs="*", choices=list(TILES), default=list(TILES))
+    parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    cases = [(kind, name, tile) for kind in args.weights for name in MATRICES for tile in TILES[kind]]
+    workers = min(12, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_cases, [cases[i::workers] for i in range(workers)]))
+    for kind, (name, matrix) in product(args.weights, MATRICES.items()):
+        size = sum(t.nbytes for t in make(kind, matrix))
+        weights = [make(kind, matrix) for _ in range(max(4, BYTES // size))]
+        took = {tile: microseconds(products(kind, matrix, tile, weights), len(weights)) for tile in TILES[kind]}
+        best = sorted(took, key=lambda tile: took[tile])
+        print(f"{kind} {name}: " + ", ".join(f"{t} {took[t]:.1f} us" for t in best[:5]) +
+              f"; {size / took[best[0]] / 1e6:.2f} TB/s", flush=True)
+        if args.output_file:
+            append_record(args.output_file, record_of(kind, name, size, took))
+
+
+if __name__ == "__main__":
+    main()
