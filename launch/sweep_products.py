@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tpllm.engine.torch.kernels import gemv, gemv_quantized
+from tpllm.engine.torch.timing import graph_seconds
 from tpllm.records import append_record
 
 BYTES, REPEATS = 400 << 20, 5
@@ -74,7 +74,8 @@ def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Wei
     rest = (norm, 1e-5, None if matrix.norm else residual, matrix.swiglu)
 
     def run() -> None:
-        module.tile_of = lambda *_: gemv.Tile(*tile)  # type: ignore[attr-defined]
+        rows, warps = tile
+        module.tile_of = lambda *_: gemv.Tile(rows // (1 + matrix.swiglu), warps)  # type: ignore[attr-defined]
         for each in weights:
             module.gemv(x, *each, *rest)
 
@@ -89,21 +90,10 @@ def compile_cases(cases: list[tuple[str, str, tuple[int, int]]]) -> None:
 
 
 def microseconds(run: Callable[[], None], count: int) -> float:
-    """Of one of `count` products, the median of several replays."""
-    run()
+    """Of one of `count` products."""
+    run()  # kernels load at their first call, which must not be inside of a capture
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    found: list[float] = []
-    for _ in range(REPEATS):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        found.append(began.elapsed_time(ended) * 1e3 / count)
-    return statistics.median(found)
+    return graph_seconds(run, REPEATS) * 1e6 / count
 
 
 def record_of(kind: str, name: str, size: int, took: dict[tuple[int, int], float]) -> dict[str, Any]:

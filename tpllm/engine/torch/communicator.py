@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
+from tpllm.engine.torch.timing import graph_seconds
 from tpllm.errors import PreflightError, RankError
 from tpllm.heartbeat import own_addresses, reach
 from tpllm.settings import choice
@@ -66,11 +66,11 @@ class Communicator:
     def linear_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
                                    norm: torch.Tensor, epsilon: float) -> torch.Tensor:
         """The same of `x [rows, in]` times `weight [width, in]`: some rows are summed while others are computed."""
-        from tpllm.engine.torch.kernels.norm import add_norm
-
         count = x.shape[0] // PART_ROWS
         if count < 2:
             return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
+        from tpllm.engine.torch.kernels.norm import add_norm
+
         products, out = torch.empty_like(residual), residual.new_empty((2, *residual.shape))
         parts = list(zip(products.chunk(count), x.chunk(count), residual.chunk(count), out.chunk(count, 1),
                          strict=True))
@@ -148,20 +148,12 @@ class Communicator:
         if not bool((way(x) == sum(range(1, self.world.size + 1))).all()):
             raise RankError(f"the GPUs' all-reduce through {name} gives wrong sums of {rows} rows; "
                             "`tpllm doctor` looks further")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def sums() -> None:
             for _ in range(PER_GRAPH):
                 way(x)
-        seconds = []
-        for _ in range(REPEATS):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            dist.barrier()
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            seconds.append(float(began.elapsed_time(ended)) / 1e3 / PER_GRAPH)
-        return statistics.median(seconds)
+
+        return graph_seconds(sums, REPEATS, ready=dist.barrier) / PER_GRAPH
 
 
 def host_name(world: World) -> str:

@@ -145,6 +145,12 @@ def _decode(q, k, v, cos, sin, keys, values, start, length, out, acc_parts, m_pa
             KV_HEADS, GROUP, SIZE, SPLITS, BLOCK_H)
 
 
+def score_scale(size: int) -> float:
+    """What scores of heads of this size are multiplied by, as powers of two are faster than those of e."""
+    scale: float = size ** -0.5 * 1.4426950408889634
+    return scale
+
+
 def splits_for(programs: int) -> int:
     """Parts of a sequence, so that small batches fill the GPU too; a power of two."""
     wanted = min(MAX_SPLITS, PROGRAMS // max(programs, 1))
@@ -176,7 +182,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: tor
     m, sums = (torch.empty((batch * heads * splits,), dtype=torch.float32, device=q.device) for _ in range(2))
     _decode[(kv_heads, splits, batch)](
         q, k, v, cos, sin, keys, values, start, length, out, acc, m, sums, tickets(q.device),
-        q.stride(0), k.stride(0), v.stride(0), size ** -0.5 * 1.4426950408889634,
+        q.stride(0), k.stride(0), v.stride(0), score_scale(size),
         KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_H=max(16, triton.next_power_of_2(size // 2)), BLOCK_N=BLOCK_N, num_warps=4,
         num_stages=2 if q.dtype == torch.float32 else 3)

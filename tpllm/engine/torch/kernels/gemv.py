@@ -19,9 +19,9 @@ NUMBERS = 8  # of each row in a program's tile, for each of its threads
 
 
 class Tile(NamedTuple):
-    """Of a program: rows of the matrix, both halves of SwiGLU counted, and warps."""
+    """Of a program: its results, each a row of the matrix or, with SwiGLU, two, and its warps."""
 
-    rows: int
+    results: int
     warps: int
 
 
@@ -89,7 +89,8 @@ def launches_early(device: torch.device) -> bool:
 
 def tile_of(size: int, swiglu: bool) -> Tile:
     """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
-    return Tile(2, 4 if triton.cdiv(size, 1 if swiglu else 2) < FEW_PROGRAMS else 2)
+    results = 1 if swiglu else 2
+    return Tile(results, 4 if triton.cdiv(size, results) < FEW_PROGRAMS else 2)
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
@@ -100,10 +101,9 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     """
     size = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early, (rows, warps) = launches_early(x.device), tile_of(size, swiglu)
-    block = rows // 2 if swiglu else rows
-    _gemv[(triton.cdiv(size, block),)](
+    early, (results, warps) = launches_early(x.device), tile_of(size, swiglu)
+    _gemv[(triton.cdiv(size, results),)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
         weight.shape[1], epsilon, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu,
-        EARLY=early, BLOCK_N=block, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early)
+        EARLY=early, BLOCK_N=results, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early)
     return out

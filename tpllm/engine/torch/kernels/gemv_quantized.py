@@ -37,13 +37,18 @@ def _numbers(words, of_16, of_256, i: tl.constexpr):
 
 
 @triton.jit
+def _quarters(values):
+    """The first to fourth of each four neighbouring values along the last dimension, which one thread has."""
+    even, odd = tl.split(tl.reshape(values, values.shape[:-1] + [values.shape[-1] // 2, 2]))
+    a, c = tl.split(tl.reshape(even, even.shape[:-1] + [even.shape[-1] // 2, 2]))
+    b, d = tl.split(tl.reshape(odd, odd.shape[:-1] + [odd.shape[-1] // 2, 2]))
+    return a, b, c, d
+
+
+@triton.jit
 def _four(x, place, K):
     """Four neighbouring values of a row for each of some words, in float32."""
-    values = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
-    a, c = tl.split(tl.reshape(even, [even.shape[0] // 2, 2]))
-    b, d = tl.split(tl.reshape(odd, [odd.shape[0] // 2, 2]))
-    return a, b, c, d
+    return _quarters(tl.load(x + place, mask=place < K, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -101,15 +106,6 @@ def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.conste
 
 
 @triton.jit
-def _quarters(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The four neighbouring words that each thread has of each row: four times `[ROWS, BLOCK / 4]`."""
-    even, odd = tl.split(tl.reshape(tile, [ROWS, BLOCK // 2, 2]))
-    a, c = tl.split(tl.reshape(even, [ROWS, BLOCK // 4, 2]))
-    b, d = tl.split(tl.reshape(odd, [ROWS, BLOCK // 4, 2]))
-    return a, b, c, d
-
-
-@triton.jit
 def _add_numbers(acc, words, of_16, of_256, i: tl.constexpr, a, b, c, d):
     """`acc` plus the products of number i of each of four words, the constant in each with them."""
     acc += _numbers(words[0], of_16, of_256, i) * a[None, :]
@@ -146,8 +142,8 @@ def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM:
     acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32)
     squares = tl.zeros([BLOCK_K // 4], tl.float32)
     for j in range(0, count, BLOCK_K):
-        four = _quarters(tile, BLOCK_N, BLOCK_K)
-        four2 = _quarters(tile2, BLOCK_N, BLOCK_K) if SWIGLU else four
+        four = _quarters(tile)
+        four2 = _quarters(tile2) if SWIGLU else four
         part, part2 = tl.zeros_like(acc), tl.zeros_like(acc)
         excess = tl.zeros_like(squares)
         for i in tl.static_range(8):
@@ -175,7 +171,8 @@ def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM:
 
 def tile_of(int8: bool, size: int, swiglu: bool) -> Tile:
     """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
-    return Tile(8, 4 if triton.cdiv(size, 4 if swiglu else 8) < FEW_PROGRAMS else 2 if int8 else 1)
+    results = 4 if swiglu else 8
+    return Tile(results, 4 if triton.cdiv(size, results) < FEW_PROGRAMS else 2 if int8 else 1)
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
@@ -185,13 +182,12 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early = launches_early(x.device)
     int8 = weight.dtype == torch.int8
-    rows, warps = tile_of(int8, size, swiglu)
-    block = rows // 2 if swiglu else rows
-    grid = (triton.cdiv(size, block),)
+    results, warps = tile_of(int8, size, swiglu)
+    grid = (triton.cdiv(size, results),)
     inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
-               "BLOCK_N": block, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
+               "BLOCK_N": results, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
     if int8 and columns % 4 == 0 and x.dtype != torch.float32:
         _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
     elif int8:

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tpllm.engine.torch.kernels.decode import score_scale
+
 # By the head size, padded: rows of queries and, in a step of the loop, of keys; warps; blocks of keys and values in
 # shared memory; registers of a thread. Up to 128 two programs fit on a multiprocessor of Hopper, where one multiplies
 # while the other has its softmax or waits for memory. With more keys a step at 128 there are too few registers: ptxas
@@ -107,6 +109,6 @@ def prefill_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     block_m, block_n, warps, stages, registers = TILES[padded]
     # A prompt's last block may have few rows: no more than one block a prompt is lost.
     _prefill[(heads, triton.cdiv(tokens, block_m) + prompts)](
-        q, keys, values, query_start, start, length, out, prompts, size ** -0.5 * 1.4426950408889634, HEADS=heads,
+        q, keys, values, query_start, start, length, out, prompts, score_scale(size), HEADS=heads,
         KV_HEADS=keys.shape[1], SIZE=size, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=padded, PROMPTS=PROMPTS,
         num_warps=warps, num_stages=stages, maxnreg=registers)
