@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Products of one row on this machine's GPU: tiles of a program, for the matrices of published shapes.
 
-What `tpllm/engine/torch/kernels/gemv*.py` take is the fastest over these. Each is timed in a CUDA graph over so many
-matrices of its shape that none is read from a cache. Run it with a Python that has PyTorch for CUDA:
+What `tile_of` in `tpllm/engine/torch/kernels` takes is the fastest over these. Each is timed in a CUDA graph over so
+many matrices of its shape that none is read from a cache. Run it with a Python that has PyTorch for CUDA:
 
     PYTHONPATH=. python3 launch/sweep_products.py --output-file build/products.jsonl
 """
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tpllm.engine.torch.kernels import gemv, gemv_quantized
+from tpllm.engine.torch.kernels import gemv, gemv_quantized, int4
 from tpllm.engine.torch.timing import graph_seconds
 from tpllm.records import append_record
 
 BYTES, REPEATS = 400 << 20, 5
 TILES = {"bf16": list(product((2, 4), (2, 4, 8))), "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
-         "int4": list(product((4, 8, 16), (1, 2, 4)))}
+         "int4": list(product((16, 32), (4, 8, 16)))}
 
 
 class Matrix(NamedTuple):
@@ -71,11 +71,12 @@ def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Wei
     x, residual = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (matrix.columns, matrix.size))
     norm = torch.ones(matrix.columns, device="cuda", dtype=torch.bfloat16) if matrix.norm else None
     module = gemv if kind == "bf16" else gemv_quantized
+    tiles = int4 if kind == "int4" else module
     rest = (norm, 1e-5, None if matrix.norm else residual, matrix.swiglu)
 
     def run() -> None:
         rows, warps = tile
-        module.tile_of = lambda *_: gemv.Tile(rows // (1 + matrix.swiglu), warps)  # type: ignore[attr-defined]
+        tiles.tile_of = lambda *_: gemv.Tile(rows // (1 + matrix.swiglu), warps)  # type: ignore[attr-defined]
         for each in weights:
             module.gemv(x, *each, *rest)
 

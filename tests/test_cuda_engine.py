@@ -53,7 +53,7 @@ class Made:
         built.run("--dtype", "float32", max_seq=MAX_SEQ, max_input=MAX_SEQ - 1)
         self.reference, self.capture = Reference(built.meta), Recalled()
         patch.setattr(cuda, "Capture", lambda: self.capture)
-        patch.setattr(cuda, "flash_takes", lambda _: True)
+        patch.setattr(cuda, "has_prompt_kernel", lambda _: True)
         patch.setattr(cuda, "SPARE_ROWS", SPARE_ROWS)
         config = built.config
         model = find_model(config.model.architecture)(config.model)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from tpllm.engine.torch.collectives import library
-from tpllm.engine.torch.private import flash_attention, flash_takes
 
 library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, int layer, Tensor slots, Tensor query_start, "
@@ -52,6 +51,7 @@ def _rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: t
                        start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     # Triton is there on machines with GPUs only.
     from tpllm.engine.torch.kernels.decode import decode_attention
+    from tpllm.engine.torch.kernels.prefill import prefill_attention
     from tpllm.engine.torch.kernels.rotate import rotate_and_store
 
     keys, values = cache[layer]
@@ -59,13 +59,19 @@ def _rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: t
     if singles == q.shape[0]:
         return decode_attention(q, k, v, cos, sin, keys, values, start, length)
     rotated = rotate_and_store(q, k, v, cos, sin, keys, values, slots)
-    if not flash_takes(q):
+    if not has_prompt_kernel(q):
         return _attend_each(rotated, keys, values, query_start, start, length)
-    out = flash_attention(rotated, keys, values, query_start, start[singles:], length[singles:], q.shape[0] - singles)
-    if singles:  # for which flash attention is slow
+    out = torch.empty_like(rotated)
+    prefill_attention(rotated, keys, values, query_start, start[singles:], length[singles:], out)
+    if singles:
         decode_attention(q[:singles], k[:singles], v[:singles], cos, sin, keys, values, start[:singles],
                          length[:singles], out[:singles])
     return out
+
+
+def has_prompt_kernel(q: torch.Tensor) -> bool:
+    """Whether prompts' attention `[…, size]` is one kernel on CUDA, without a look at their places by the host."""
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
 
 
 def single_tokens(query_start: torch.Tensor, length: torch.Tensor) -> int:
@@ -126,10 +132,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tenso
 def rotate_and_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                       cache: torch.Tensor, layer: int, slots: torch.Tensor, query_start: torch.Tensor,
                       start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """`attend` on CUDA, of `q` and `k` that are still to be rotated by `cos`, `sin` `[T, head_size/2]`.
-
-    `start` has an entry more than there are sequences, of any value: flash attention wants the room.
-    """
+    """`attend` on CUDA, of `q` and `k` that are still to be rotated by `cos`, `sin` `[T, head_size/2]`."""
     result: torch.Tensor = torch.ops.tpllm.rotate_and_attend(
         q, k, v, cos, sin, cache, layer, slots, query_start, start, length)
     return result

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from tpllm.engine.base import Engine, EngineConfig, StepInput
+from tpllm.engine.torch.attention import has_prompt_kernel
 from tpllm.engine.torch.base import Step, copy_rows, make_cache, prompt_starts
 from tpllm.engine.torch.collectives import communicator
 from tpllm.engine.torch.memory import SPARE_ROWS
-from tpllm.engine.torch.private import flash_takes
 
 Ints = NDArray[np.int32]
 ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
@@ -96,9 +96,10 @@ class CudaEngine(Engine):
         self._no_prompts = torch.tensor([build.max_batch_size], dtype=torch.int32, device=device)
         capture = Capture()
         with torch.inference_mode():
-            # The largest first, so that the others find their memory already there. Without flash attention prompts
-            # are not captured: the host looks at their places then.
-            prompts = prompt_sizes(min(build.max_input_len, build.step_tokens)) if flash_takes(self._cache) else []
+            # The largest first, so that the others find their memory already there. Without a kernel of their own
+            # prompts are not captured: the host looks at their places then.
+            longest = min(build.max_input_len, build.step_tokens)
+            prompts = prompt_sizes(longest) if has_prompt_kernel(self._cache) else []
             self._prompts = {size: self._prompt(size, capture) for size in reversed(prompts)}
             self._graphs = {size: self._decode(size, capture) for size in reversed(self._sizes)}
 

@@ -100,25 +100,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def flash_takes(q: torch.Tensor) -> bool:
-    """Whether flash attention is made for this dtype and head size."""
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
-def flash_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, query_start: torch.Tensor,
-                    start: torch.Tensor, length: torch.Tensor, longest: int) -> torch.Tensor:
-    """Causal attention `[T, heads, size]` of packed queries to runs of rows of `keys`, `values`.
-
-    Places stay on the device: the kernel takes any first row and, with `seqused_k`, any length of each run;
-    `start [P+1]` only has to be long enough. No query is longer than `longest`: of each sequence so many rows get
-    blocks, of which those beyond its own end at once (H200: 0.5 µs for each 264 of them). Rows of `q` before the first
-    of `query_start [P+1]` have no result.
-    """
-    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        q, keys, values, query_start, start, longest, keys.shape[0], 0.0, True, False, seqused_k=length)[0]
-    return out
-
-
 def symmetric_memory(shape: tuple[int, ...], dtype: torch.dtype,
                      device: torch.device) -> tuple[torch.Tensor, list[int]]:
     """Memory that all ranks of the process group reach, and where each one's begins; collective."""

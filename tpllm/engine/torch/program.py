@@ -110,9 +110,6 @@ class TorchOps:
         self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
         self._normed: tuple[Tensor, Tensor] | None = None  # the last sum that was normed in the same kernel, its norm
         if self._fused:
-            query_start, start, length = runs
-            if rows is not None:
-                self.runs = (query_start, F.pad(start, (0, 1)), length)
             self.cos, self.sin = rotation(positions, self._get(INV_FREQ))
         else:
             angles = positions[:, None].float() * self._get(INV_FREQ)

@@ -33,16 +33,16 @@ def _weights(pointers, rows, columns, N, K):
 
 
 @triton.jit
-def _finish(result, gate, squares, residual, out, rows, N, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-            SWIGLU: tl.constexpr):
-    """Store sums `[BLOCK_N]`, of which `gate` are those of SwiGLU's second half."""
+def _finish(result, gate, squares, residual, out, place, mask, K, epsilon, NORM: tl.constexpr,
+            RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr):
+    """Store sums, of which `gate` are those of SwiGLU's second half."""
     scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
     result *= scale
     if SWIGLU:
         result = result / (1.0 + tl.exp(-result)) * (gate * scale)
     if RESIDUAL:
-        result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+        result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _gemv(x, w, scales, norm, residual, out, N, K, epsilon, SCALED: tl.constexpr
     if SCALED:
         result *= scale
         gate *= scale2
-    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL, SWIGLU)
+    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
 @cache

@@ -1,8 +1,8 @@
 """`gemv` for quantized weights (`tpllm/quantization.py` has their layout), and products of several rows.
 
-At 1 byte a weight and less, arithmetic is nearly as slow as memory, so a program has several rows of the matrix, which
-share the work on x, and few warps, which share the work at its end. Numbers are not converted: in a float's mantissa
-they are numbers already, too large by a constant, which the sum of x mends once for all rows.
+At 1 byte a weight arithmetic is nearly as slow as memory, so a program has several rows of the matrix, which share the
+work on x, and few warps, which share the work at its end. Numbers are not converted: in a float's mantissa they are
+numbers already, too large by a constant, which the sum of x mends once for all rows. `int4.py` has int4's.
 """
 
 from __future__ import annotations
@@ -13,27 +13,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.engine.torch.kernels import int4
 from tpllm.engine.torch.kernels.gemv import Tile, _finish, _gemv, _weights, launches_early
 
 FEW_PROGRAMS = 2048  # below these each has more warps: enough loads must be under way
 WORDS = 4  # of each row in a program's tile, for each of its threads
-BITS = 0x41800000, 0x43800000  # of the float32 16 and 256. With constants in place of arguments, a mask took two steps
 HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
 FULL = 256  # programs of such a product that keep a GPU busy
 OF_ONE = {torch.bfloat16: (0x4300, 136.0), torch.float16: (0x6400, 1032.0)}  # bits of 128 and 1,024; see `_few_rows`
-
-
-@triton.jit
-def _numbers(words, of_16, of_256, i: tl.constexpr):
-    """What bits 4i to 4i + 3 of each word stand for, plus 264 for i of 1, 3 and 5, else 24; 8 of it is the layout's."""
-    top: tl.constexpr = i + 1 if i % 2 == 1 and i < 7 else i  # so that one shift of the words serves two of them
-    bits = words << (19 - 4 * top) if top < 5 else words >> (4 * top - 19)
-    if top == i:
-        bits = (bits & 0x00780000) | of_16  # the four highest bits of the mantissa
-    else:
-        bits = (bits & 0x00078000) | of_256  # the next four
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -102,99 +90,45 @@ def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.conste
             tile2 = _weights(pointers2 + after, rows, after + words, N, count)
     more = 32896.0 * excess[None, :]
     result, gate = tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2
-    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL, SWIGLU)
+    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
-@triton.jit
-def _add_numbers(acc, words, of_16, of_256, i: tl.constexpr, a, b, c, d):
-    """`acc` plus the products of number i of each of four words, the constant in each with them."""
-    acc += _numbers(words[0], of_16, of_256, i) * a[None, :]
-    acc += _numbers(words[1], of_16, of_256, i) * b[None, :]
-    acc += _numbers(words[2], of_16, of_256, i) * c[None, :]
-    acc += _numbers(words[3], of_16, of_256, i) * d[None, :]
-    return acc
-
-
-@triton.jit
-def _scales(pointers, rows, chunks, N, count):
-    """Of the group that each four words are in."""
-    mask = (rows < N)[:, None] & (chunks < count)[None, :]
-    return tl.load(pointers + chunks[None, :] // 4, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _int4(x, w, scales, norm, residual, out, N, K, epsilon, of_16, of_256, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    words, chunks, groups = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 4), tl.cdiv(K, 128)
-    columns, count = words // 16 * 128 + words % 16, groups * 16
-    pointers = w + rows.to(tl.int64)[:, None] * count + words[None, :]
-    factors = scales + rows.to(tl.int64)[:, None] * groups
-    # SwiGLU: the second half of the rows
-    pointers2, factors2 = pointers + N.to(tl.int64) * count, factors + N.to(tl.int64) * groups
-    if EARLY:
-        gdc_launch_dependents()
-    tile, scale = _weights(pointers, rows, words, N, count), _scales(factors, rows, chunks, N, groups * 4)
-    if SWIGLU:
-        tile2, scale2 = _weights(pointers2, rows, words, N, count), _scales(factors2, rows, chunks, N, groups * 4)
-    if EARLY:
-        gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // 4], tl.float32)
-    squares = tl.zeros([BLOCK_K // 4], tl.float32)
-    for j in range(0, count, BLOCK_K):
-        four = _quarters(tile)
-        four2 = _quarters(tile2) if SWIGLU else four
-        part, part2 = tl.zeros_like(acc), tl.zeros_like(acc)
-        excess = tl.zeros_like(squares)
-        for i in tl.static_range(8):
-            place = j * 8 + columns + 16 * i
-            a, b, c, d = _four(x, place, K)
-            if NORM:
-                squares += a * a + b * b + c * c + d * d
-                e, f, g, h = _four(norm, place, K)
-                a, b, c, d = a * e, b * f, c * g, d * h
-            excess += ((a + b) + (c + d)) * (264.0 if i % 2 == 1 and i < 7 else 24.0)
-            part = _add_numbers(part, four, of_16, of_256, i, a, b, c, d)
-            if SWIGLU:
-                part2 = _add_numbers(part2, four2, of_16, of_256, i, a, b, c, d)
-        acc += (part - excess[None, :]) * scale
-        after = j + BLOCK_K
-        tile = _weights(pointers + after, rows, after + words, N, count)
-        scale = _scales(factors, rows, after // 4 + chunks, N, groups * 4)
-        if SWIGLU:
-            acc2 += (part2 - excess[None, :]) * scale2
-            tile2 = _weights(pointers2 + after, rows, after + words, N, count)
-            scale2 = _scales(factors2, rows, after // 4 + chunks, N, groups * 4)
-    _finish(tl.sum(acc, 1), tl.sum(acc2, 1), tl.sum(squares, 0), residual, out, rows, N, K, epsilon, NORM, RESIDUAL,
-            SWIGLU)
-
-
-def tile_of(int8: bool, size: int, swiglu: bool) -> Tile:
+def tile_of(size: int, swiglu: bool) -> Tile:
     """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
     results = 4 if swiglu else 8
-    return Tile(results, 4 if triton.cdiv(size, results) < FEW_PROGRAMS else 2 if int8 else 1)
+    return Tile(results, 4 if triton.cdiv(size, results) < FEW_PROGRAMS else 2)
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
          residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
     """`[1, N]` as `gemv.gemv` has it, of the weight `[N, K]` or, with `swiglu`, `[2N, K]` that the two stand for."""
+    if weight.dtype == torch.int32:
+        return (int4.few_rows if x.dtype in int4.ONES else _in_steps)(x, weight, scale, norm, epsilon, residual, swiglu)
     size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], x.shape[1]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early = launches_early(x.device)
-    int8 = weight.dtype == torch.int8
-    results, warps = tile_of(int8, size, swiglu)
+    early, (results, warps) = launches_early(x.device), tile_of(size, swiglu)
     grid = (triton.cdiv(size, results),)
     inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
                "BLOCK_N": results, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
-    if int8 and columns % 4 == 0 and x.dtype != torch.float32:
+    if columns % 4 == 0 and x.dtype != torch.float32:
         _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
-    elif int8:
-        _gemv[grid](*inputs, SCALED=True, **options | {"BLOCK_K": 256 * warps})
     else:
-        _int4[grid](*inputs, *BITS, **options)
+        _gemv[grid](*inputs, SCALED=True, **options | {"BLOCK_K": 256 * warps})
     return out
+
+
+def _in_steps(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
+              residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
+    """`gemv` where nothing is made for a dtype, which then is one that nobody is in a hurry with."""
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, epsilon)
+    product = linear(x, weight, scale)
+    if swiglu:
+        first, second = product.chunk(2, dim=-1)
+        product = F.silu(first) * second
+    return product if residual is None else product + residual
 
 
 @triton.jit
@@ -269,17 +203,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
     Of few rows it takes as long as reading the weights. For many, which computing bounds, and for float32, which tensor
     cores do not multiply, weights are written out first.
     """
-    x, int4 = x.contiguous(), weight.dtype == torch.int32
+    x, packed = x.contiguous(), weight.dtype == torch.int32
     (m, k), n = x.shape, weight.shape[0]
     if m > FEW_ROWS or x.dtype == torch.float32:
         whole = torch.empty((n, k), dtype=x.dtype, device=x.device)
-        _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=int4, BLOCK=1024)
+        _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=packed, BLOCK=1024)
         return F.linear(x, whole)
+    if packed and m <= int4.ROWS:
+        return int4.few_rows(x, weight, scale)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    turned = int4 or m > 32
+    turned = packed or m > 32
     lines = 64 if turned or n >= 64 * FULL else 32
     one, more = OF_ONE[x.dtype]
     _few_rows[(triton.cdiv(n, lines),)](
-        x, weight, scale, out, m, n, k, INT4=int4, TURNED=turned, BLOCK_M=max(16, triton.next_power_of_2(m)),
+        x, weight, scale, out, m, n, k, INT4=packed, TURNED=turned, BLOCK_M=max(16, triton.next_power_of_2(m)),
         BLOCK_N=lines, OF_ONE=one, MORE=more, num_warps=4, num_stages=3 if turned else 5)
     return out

@@ -2,8 +2,6 @@
 
 A program handles one query head and a block of one prompt's new tokens. All places are read on the device, and the
 grid depends on shapes alone, so that a captured launch serves every step with as many rows and prompts.
-
-Not in use: `private.flash_attention` answers until a GPU has shown that this one is faster.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ import triton.language as tl
 from tpllm.engine.torch.kernels.decode import score_scale
 
 # By the head size, padded: rows of queries and, in a step of the loop, of keys; warps; blocks of keys and values in
-# shared memory; registers of a thread. Up to 128 two programs fit on a multiprocessor of Hopper, where one multiplies
-# while the other has its softmax or waits for memory. With more keys a step at 128 there are too few registers: ptxas
-# then makes each product of tensor cores wait for the one before it.
-TILES = {64: (128, 64, 8, 3, 128), 128: (128, 32, 8, 3, 128), 256: (128, 32, 8, 2, None)}
+# shared memory. Several programs fit on a multiprocessor: one multiplies while another has its softmax or waits for
+# memory. Up to 128 the fastest of nine on an H200.
+TILES = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (128, 32, 8, 2)}
 PROMPTS = 128  # looked at together
 
 
@@ -106,9 +103,9 @@ def prefill_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     """
     tokens, heads, size = q.shape
     prompts, padded = query_start.shape[0] - 1, max(64, triton.next_power_of_2(size))
-    block_m, block_n, warps, stages, registers = TILES[padded]
+    block_m, block_n, warps, stages = TILES[padded]
     # A prompt's last block may have few rows: no more than one block a prompt is lost.
     _prefill[(heads, triton.cdiv(tokens, block_m) + prompts)](
         q, keys, values, query_start, start, length, out, prompts, score_scale(size), HEADS=heads,
         KV_HEADS=keys.shape[1], SIZE=size, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=padded, PROMPTS=PROMPTS,
-        num_warps=warps, num_stages=stages, maxnreg=registers)
+        num_warps=warps, num_stages=stages)

@@ -1,0 +1,143 @@
+"""A few rows times a matrix of int4 weights (`tpllm/quantization.py` has their layout), by tensor cores.
+
+At four bits a weight arithmetic takes longer than memory, so little is done for each: two numbers of a word become two
+16-bit floats by one shift and one logical operation, in the lowest bits of a float, in which they are numbers already,
+too large by a constant. Tensor cores take any order of columns as long as both operands have the same. In the one here
+each thread's words, as it loads them, give just its part of the operand: nothing of it moves between threads.
+
+Each warp of a program takes a group of columns at a time; the warps' sums meet at the end. (Of several groups a warp
+Triton 3.6 makes wrong products.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import Tile, _finish, launches_early
+
+ROWS = 16  # of x, at most
+# By how many rows of the matrix there are, at most: those of a program, in eights, and its warps.
+TILES = {4096: (2, 16), 8192: (2, 8), 16384: (4, 8), 1 << 31: (4, 4)}
+# The bits of 128 or 1,024, whose last four are free, in both halves of a word; by how much numbers are then too large.
+ONES = {torch.bfloat16: (0x43004300, 136.0), torch.float16: (0x64006400, 1032.0)}
+
+
+@triton.jit
+def _pairs(words, ones, i: tl.constexpr):
+    """Numbers i and i + 4 of each word as the bits of two floats. As a constant `ones` would take an operation more."""
+    both = ((words >> (4 * i)) & 0x000F000F) | ones
+    return tl.join(both.to(tl.int16), (both >> 16).to(tl.int16))
+
+
+@triton.jit
+def _matrix(words, ones, dtype: tl.constexpr, WARPS: tl.constexpr, EIGHTS: tl.constexpr):
+    """Words `[8, warps, eights, 16]` as floats `[warps, 8 * eights, 128]`.
+
+    Bits of a column's number in a group: one that says which half of a word, two for the number in the half, four for
+    the word. Those of its place in the operand: the two, word 0, word 3, word 2, word 1, the half.
+    """
+    low = tl.join(_pairs(words, ones, 0), _pairs(words, ones, 1))
+    high = tl.join(_pairs(words, ones, 2), _pairs(words, ones, 3))
+    bits = tl.reshape(tl.join(low, high), (8, WARPS, EIGHTS, 4, 2, 2, 2, 2, 2))
+    bits = tl.permute(bits, (1, 2, 0, 8, 7, 5, 3, 4, 6))
+    return tl.reshape(bits, (WARPS, 8 * EIGHTS, 128)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _columns(values, WARPS: tl.constexpr, ROWS: tl.constexpr):
+    """Values `[warps, rows, 128]` as `[warps, 128, rows]`, in the order of `_matrix`."""
+    values = tl.reshape(values, (WARPS, ROWS, 2, 4, 4, 2, 2))
+    values = tl.permute(values, (0, 3, 6, 4, 5, 2, 1))
+    return tl.reshape(values, (WARPS, 128, ROWS))
+
+
+@triton.jit
+def _words(pointers, valid, group, groups):
+    mask = valid[:, None, :, None] & (group < groups)[None, :, None, None]
+    return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _row_of(i, j, N, EIGHTS: tl.constexpr, SWIGLU: tl.constexpr):
+    """Row i of eight j: which result it is for, and which row of the matrix it is."""
+    if SWIGLU:
+        half: tl.constexpr = EIGHTS // 2
+        result = tl.program_id(0) * (8 * half) + j % half * 8 + i
+        return result, result + j // half * N
+    else:
+        result = tl.program_id(0) * (8 * EIGHTS) + j * 8 + i
+        return result, result
+
+
+@triton.jit(do_not_specialize=["M"])
+def _int4(x, w, scales, norm, residual, out, M, N, K, epsilon, ones, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+          SWIGLU: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr, WARPS: tl.constexpr,
+          MORE: tl.constexpr):
+    """`gemv.gemv` of M rows."""
+    groups, warps, rows = tl.cdiv(K, 128), tl.arange(0, WARPS), tl.arange(0, ROWS)
+    result, line = _row_of(tl.arange(0, 8)[:, None], tl.arange(0, EIGHTS)[None, :], N, EIGHTS, SWIGLU)
+    valid = result < N
+    pointers = w + line.to(tl.int64)[:, None, :, None] * (groups * 16) + (warps * 16)[None, :, None, None]
+    pointers += tl.arange(0, 16)[None, None, None, :]
+    at = tl.arange(0, 8 * EIGHTS)
+    flat_result, flat_line = _row_of(at % 8, at // 8, N, EIGHTS, SWIGLU)
+    factors = scales + flat_line.to(tl.int64)[None, :] * groups + warps[:, None]
+    present = (flat_result < N)[None, :]
+    columns = (warps * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
+    inputs, inside = x + rows[None, :, None] * K + columns, (rows < M)[None, :, None]
+    if EARLY:
+        gdc_launch_dependents()
+    words = _words(pointers, valid, warps, groups)
+    factor = tl.load(factors, mask=present & (warps < groups)[:, None], other=0.0)
+    if EARLY:
+        gdc_wait()
+    # One step ahead, too: behind the arithmetic on it, or the compiler would spread it over threads before that.
+    value = tl.load(inputs, mask=inside & (columns < K), other=0.0)
+    weight = tl.load(norm + columns, mask=columns < K, other=0.0) if NORM else value
+    acc = tl.zeros([WARPS, 8 * EIGHTS, ROWS], tl.float32)
+    squares = tl.zeros([WARPS, ROWS, 128], tl.float32)
+    for g in range(0, groups, WARPS):
+        if NORM:
+            squares += value.to(tl.float32) * value.to(tl.float32)
+            value = (value.to(tl.float32) * weight.to(tl.float32)).to(x.dtype.element_ty)
+        excess = tl.sum(value.to(tl.float32), 2) * MORE
+        part = tl.dot(_matrix(words, ones, x.dtype.element_ty, WARPS, EIGHTS), _columns(value, WARPS, ROWS))
+        acc += (part - excess[:, None, :]) * factor.to(tl.float32)[:, :, None]
+        after = g + WARPS
+        words = _words(pointers + after * 16, valid, after + warps, groups)
+        factor = tl.load(factors + after, mask=present & (after + warps < groups)[:, None], other=0.0)
+        value = tl.load(inputs + after * 128, mask=inside & (after * 128 + columns < K), other=0.0)
+        if NORM:
+            weight = tl.load(norm + after * 128 + columns, mask=after * 128 + columns < K, other=0.0)
+    sums, total = tl.sum(acc, 0), tl.sum(tl.sum(squares, 2), 0)[None, :]
+    if SWIGLU:
+        first, gate = tl.split(tl.permute(tl.reshape(sums, (2, 4 * EIGHTS, ROWS)), (1, 2, 0)))
+        of = tl.program_id(0) * (4 * EIGHTS) + tl.arange(0, 4 * EIGHTS)
+    else:
+        first, gate, of = sums, sums, flat_result
+    place, mask = rows[None, :] * N + of[:, None], (of < N)[:, None] & (rows < M)[None, :]
+    _finish(first, gate, total, residual, out, place, mask, K, epsilon, NORM, RESIDUAL, SWIGLU)
+
+
+def tile_of(size: int, swiglu: bool) -> Tile:
+    """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
+    lines = size * (1 + swiglu)
+    eights, warps = next(tile for most, tile in TILES.items() if lines <= most)
+    return Tile(8 * eights // (1 + swiglu), warps)
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None = None,
+             epsilon: float = 0.0, residual: torch.Tensor | None = None, swiglu: bool = False) -> torch.Tensor:
+    """`[M, N]` from up to `ROWS` rows x `[M, K]` of 16-bit floats, as `gemv.gemv` has it for one."""
+    (count, columns), size = x.shape, weight.shape[0] // 2 if swiglu else weight.shape[0]
+    out = torch.empty((count, size), dtype=x.dtype, device=x.device)
+    early, (results, warps), (ones, more) = launches_early(x.device), tile_of(size, swiglu), ONES[x.dtype]
+    _int4[(triton.cdiv(size, results),)](
+        x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, count, size,
+        columns, epsilon, ones, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
+        ROWS=triton.next_power_of_2(count), EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more,
+        num_warps=warps, launch_pdl=early)
+    return out
