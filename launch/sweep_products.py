@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.kernels import gemv, gemv_quantized, int4
-from tpllm.engine.torch.timing import graph_seconds
 from tpllm.records import append_record
 
 BYTES, REPEATS = 400 << 20, 5

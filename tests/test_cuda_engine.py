@@ -3,7 +3,9 @@
 Its programs compute on the CPU here, and a graph is a function that is called again.
 """
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.engine.base import StepInput
 from tpllm.engine.torch import cuda
+from tpllm.engine.torch.graphs import make_graph
 from tpllm.engine.torch.program import StepProgram
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
@@ -154,3 +157,25 @@ def test_arrays_in_one(lengths: list[int]) -> None:
     packed = torch.from_numpy(cuda.pack(arrays))
     for part, array in zip(cuda.unpack(packed, lengths), arrays, strict=True):
         assert part.tolist() == array.tolist() and part.storage_offset() % cuda.ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where making it fails, and whatever the caller had set."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+
+    def fail() -> None:
+        assert not gc.isenabled()
+        raise RuntimeError("no graph")
+
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        assert make_graph(lambda: gc.isenabled())[1] is False
+        assert gc.isenabled() is enabled
+        with pytest.raises(RuntimeError, match="no graph"):
+            make_graph(fail)
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()

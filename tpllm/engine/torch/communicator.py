@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
+from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
-from tpllm.engine.torch.timing import graph_seconds
 from tpllm.errors import PreflightError, RankError
 from tpllm.heartbeat import own_addresses, reach
 from tpllm.settings import choice

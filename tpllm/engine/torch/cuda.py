@@ -14,6 +14,7 @@ from tpllm.engine.base import Engine, EngineConfig, StepInput
 from tpllm.engine.torch.attention import has_prompt_kernel
 from tpllm.engine.torch.base import Step, copy_rows, make_cache, prompt_starts
 from tpllm.engine.torch.collectives import communicator
+from tpllm.engine.torch.graphs import make_graph
 from tpllm.engine.torch.memory import SPARE_ROWS
 
 Ints = NDArray[np.int32]
@@ -67,11 +68,9 @@ class Capture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Captured:
-        run()  # kernels load at their first call, which must not be inside of a capture
+        run()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = run()
+        graph, logits = make_graph(run, self._pool)
         return Captured(graph.replay, logits)
 
 

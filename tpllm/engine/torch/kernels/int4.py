@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels.gemv import Tile, _finish, launches_early
 
-ROWS = 16  # of x, at most
+ROWS = 8  # of x, at most
 # By how many rows of the matrix there are, at most: those of a program, in eights, and its warps.
 TILES = {4096: (2, 16), 8192: (2, 8), 16384: (4, 8), 1 << 31: (4, 4)}
 # The bits of 128 or 1,024, whose last four are free, in both halves of a word; by how much numbers are then too large.
@@ -122,19 +122,22 @@ def _int4(x, w, scales, norm, residual, out, M, N, K, epsilon, ones, NORM: tl.co
     _finish(first, gate, total, residual, out, place, mask, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
-def tile_of(size: int, swiglu: bool) -> Tile:
-    """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
+def tile_of(count: int, size: int, swiglu: bool) -> Tile:
+    """What is fastest for so many rows of x and results on an H200 (of one row: `launch/sweep_products.py`)."""
     lines = size * (1 + swiglu)
     eights, warps = next(tile for most, tile in TILES.items() if lines <= most)
-    return Tile(8 * eights // (1 + swiglu), warps)
+    return Tile(8 * eights // (1 + swiglu), warps if count <= 2 else min(warps, 8))
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None = None,
              epsilon: float = 0.0, residual: torch.Tensor | None = None, swiglu: bool = False) -> torch.Tensor:
-    """`[M, N]` from up to `ROWS` rows x `[M, K]` of 16-bit floats, as `gemv.gemv` has it for one."""
+    """`[M, N]` from up to `ROWS` rows x `[M, K]` of 16-bit floats, as `gemv.gemv` has it for one.
+
+    But for the product with `norm`, which is rounded to these floats, sums are made of exact products in float32.
+    """
     (count, columns), size = x.shape, weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((count, size), dtype=x.dtype, device=x.device)
-    early, (results, warps), (ones, more) = launches_early(x.device), tile_of(size, swiglu), ONES[x.dtype]
+    early, (results, warps), (ones, more) = launches_early(x.device), tile_of(count, size, swiglu), ONES[x.dtype]
     _int4[(triton.cdiv(size, results),)](
         x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, count, size,
         columns, epsilon, ones, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
