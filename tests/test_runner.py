@@ -1,5 +1,6 @@
 """Generation on one rank: what is asked for, what comes, and when it ends."""
 
+import gc
 import json
 import random
 from collections import Counter
@@ -227,8 +228,10 @@ def test_a_stream_left_early_leaves_the_runner_usable(after: int, demo: Built) -
     params = SamplingParams(max_output_len=10)
     whole: list[GenerationOutput] = demo.runner.generate(TEXTS, params)
     for number, _ in enumerate(demo.runner.stream(TEXTS, params)):
+        assert gc.get_freeze_count() > 10_000  # objects that the collector passes over
         if number == after:
             break
+    assert gc.get_freeze_count() == 0
     assert demo.runner.generate(TEXTS, params) == whole
 
 

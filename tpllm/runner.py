@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ class ModelRunner:
         answers then have no `finish_reason`. Collective; on other ranks there are no events.
         """
         self.world.enter("generate")
-        return self._lead(source, drain_seconds) if self.world.is_first else self._follow()
+        return uncollected(self._lead(source, drain_seconds) if self.world.is_first else self._follow())
 
     def _follow(self) -> Iterator[TokenEvent]:
         """The other ranks' side: run what rank 0 sends until it sends the end."""
@@ -170,6 +171,18 @@ class ModelRunner:
         if bad := [i for i in ids if not 0 <= i < vocab]:
             raise DataError(f"prompt {index} has token id {bad[0]}; the vocabulary is 0 to {vocab - 1}")
         return ids
+
+
+def uncollected(events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
+    """The same; meanwhile Python's collector passes over what is there already.
+
+    Most of that is PyTorch's and stays; to look at it takes 0.1 s and more, in which all ranks wait.
+    """
+    gc.freeze()
+    try:
+        yield from events
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

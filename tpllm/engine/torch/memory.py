@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 
@@ -61,6 +62,8 @@ def cache_rows(config: EngineConfig, model: Model, mapping: Mapping, device: tor
     """Rows of the cache on every rank, printed with the rest of the plan; collective."""
     def fitting() -> tuple[Plan, int, int]:
         plan = plan_memory(config, model, mapping)
+        gc.collect()  # an engine that nobody has any more is in cycles
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
         return plan, free, plan.rows(config, free)
 
