@@ -476,7 +476,8 @@ def test_more_samples_than_places_are_refused(build: Build) -> None:
     assert "asks for 4 sequences" in message and "--max-batch-size 4" in message
 
 
-def drained(built: Built, drain_seconds: float, after: int) -> tuple[list[int], list[GenerationOutput]]:
+def drained(built: Built, drain_seconds: float, after: int,
+            lookahead: int) -> tuple[list[int], list[GenerationOutput]]:
     """The jobs that were asked for, and the answers that ended, when SIGUSR1 comes after some events."""
     runner, asked, ended = built.runner, [], []
 
@@ -486,7 +487,7 @@ def drained(built: Built, drain_seconds: float, after: int) -> tuple[list[int], 
             yield runner.prepare(index, [1, 2, 3], SamplingParams(max_output_len=8))
 
     try:
-        for number, event in enumerate(runner.serve(source(), drain_seconds)):
+        for number, event in enumerate(runner.serve(source(), drain_seconds, lookahead)):
             runner.world.draining = runner.world.draining or number == after
             if event.last:
                 ended.append(event.answer)
@@ -495,12 +496,13 @@ def drained(built: Built, drain_seconds: float, after: int) -> tuple[list[int], 
     return asked, ended
 
 
-def test_a_drain_lets_what_runs_end_and_asks_for_no_more(build: Build) -> None:
-    asked, ended = drained(build(LLAMA2_MHA), 60.0, 10)
-    assert 3 <= len(asked) <= 5 and 3 <= len(ended) <= len(asked)
+@pytest.mark.parametrize("lookahead", [1, 20])
+def test_a_drain_lets_what_runs_end_and_asks_for_no_more(lookahead: int, build: Build) -> None:
+    asked, ended = drained(build(LLAMA2_MHA), 60.0, 10, lookahead)
+    assert max(3, lookahead) <= len(asked) <= 4 + lookahead and 3 <= len(ended) <= 5
     assert all(output.outputs[0].finish_reason for output in ended)
 
 
 def test_a_drain_without_time_ends_at_once(build: Build) -> None:
-    asked, ended = drained(build(LLAMA2_MHA), 0.0, 10)
+    asked, ended = drained(build(LLAMA2_MHA), 0.0, 10, 1)
     assert len(asked) <= 5 and ended == []

@@ -142,7 +142,7 @@ def arriving_times(runner: ModelRunner, prompts: list[list[int]], outputs: AnySe
     runner.world.barrier()
     source, found = Arrivals(jobs, [arrival for _, _, arrival in each]), []
     while runner.world.broadcast(source.left):
-        found += [source.take(event) for event in runner.serve(source)]
+        found += [source.take(event) for event in runner.serve(source, lookahead=1)]
     return found
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Prompt = str | AnySequence[int]
 UNKNOWN = -1  # a token that the engine has and the host does not
+LOOKAHEAD = 256  # jobs that may wait for room, so that long answers begin first; among 512 as good as all of them
 
 
 class Collector:
@@ -107,15 +108,17 @@ class ModelRunner:
         check_room(job, self.engine.config)
         return job
 
-    def serve(self, source: Iterator[Job], drain_seconds: float = 0.0) -> Iterator[TokenEvent]:
-        """Answer rank 0's jobs, each as soon as there is room for it; `source` is asked for no more than that.
+    def serve(self, source: Iterator[Job], drain_seconds: float = 0.0,
+              lookahead: int = LOOKAHEAD) -> Iterator[TokenEvent]:
+        """Answer rank 0's jobs, each as soon as there is room for it.
 
-        A `source` that ends is asked again as long as others run: it may say so that none has come yet.
+        When there may be room `source` is asked for up to `lookahead` jobs, of which those with the longest answers
+        come first. One that ends is asked again as long as others run: it may say so that none has come yet.
         After SIGUSR1 it asks for no more, goes on for `drain_seconds` with what is running, and ends; unfinished
         answers then have no `finish_reason`. Collective; on other ranks there are no events.
         """
         self.world.enter("generate")
-        return uncollected(self._lead(source, drain_seconds) if self.world.is_first else self._follow())
+        return uncollected(self._lead(source, drain_seconds, lookahead) if self.world.is_first else self._follow())
 
     def _follow(self) -> Iterator[TokenEvent]:
         """The other ranks' side: run what rank 0 sends until it sends the end."""
@@ -125,23 +128,27 @@ class ModelRunner:
                 self.engine.feed(step.feeds, None)
         yield from ()
 
-    def _lead(self, source: Iterator[Job], drain_seconds: float) -> Iterator[TokenEvent]:
+    def _lead(self, source: Iterator[Job], drain_seconds: float, lookahead: int) -> Iterator[TokenEvent]:
         """Rank 0's side: send each step out, run it, choose tokens, report; the last thing sent is the end."""
         world = self.world
         started = map(lambda job: Answer(job, self.tokenizer).branches, source)  # asked again after its end
         admitted = itertools.takewhile(lambda _: not world.draining, started)
         build = self.engine.config.build
         scheduler = Scheduler(self.engine.capacity, self.max_batch_size, build.step_tokens, build.step_rows, admitted,
-                              self.engine.unit)
+                              self.engine.unit, lookahead)
         end: StepInput | None = None
         until = float("inf")
         flight: Flight | None = None
         try:
-            while (work := scheduler.next_step()) or flight:
+            while True:
                 if world.draining:
+                    scheduler.forget_waiting()
                     until = min(until, time.monotonic() + drain_seconds)
                     if time.monotonic() >= until:
                         break
+                work = scheduler.next_step()
+                if not work and not flight:
+                    break
                 before, flight = flight, None
                 turn = Turn.take(*work, scheduler) if work else None
                 if turn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -59,20 +60,22 @@ Work = tuple[StepInput, list[tuple[S, slice]]]
 
 
 class Scheduler(Generic[S]):
-    """Admits groups of sequences in order, each as soon as cache rows for all of it are free.
+    """Admits groups of sequences, each as soon as cache rows for all of it are free.
 
-    `source` is asked for the next group only when there may be room for it; `unit` is the engine's. A step holds at
-    most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go on generating.
-    It gives at most `max_step_rows` of logits, as they take more room than tokens do and a sequence may want every
-    token's: no fewer than `max_batch_size`.
+    `source` is asked for up to `lookahead` groups when there may be room and none waits. Of these the ones that may get
+    the longest answers come first, so that few are left to run alone at the end; nobody waits for those behind them.
+
+    A step holds at most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go
+    on generating. It gives at most `max_step_rows` of logits, as they take more room than tokens do and a sequence may
+    want every token's: no fewer than `max_batch_size`. `unit` is the engine's.
     """
 
     def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, max_step_rows: int,
-                 source: Iterator[list[S]], unit: int = 1) -> None:
+                 source: Iterator[list[S]], unit: int = 1, lookahead: int = 1) -> None:
         self.max_batch_size, self.max_step_tokens, self.max_step_rows = max_batch_size, max_step_tokens, max_step_rows
         self.running: list[S] = []
-        self._source = source
-        self._next: list[S] | None = None  # came from the source, waits for room
+        self._source, self._lookahead = source, lookahead
+        self._waiting: list[list[S]] = []  # for room; the next one is the last
         self._arena = Arena(capacity, unit)
         self._copies: list[tuple[int, int, int]] = []
 
@@ -113,13 +116,20 @@ class Scheduler(Generic[S]):
         self._arena.give_back(sequence.start)
         self.running.remove(sequence)
 
+    def forget_waiting(self) -> None:
+        """What came from the source and has no rows yet gets none."""
+        self._waiting.clear()
+
     def _admit(self) -> None:
+        ended = False
         while len(self.running) < self.max_batch_size:
-            self._next = self._next or next(self._source, None)
-            if self._next is None or not self._place(self._next):
+            if not self._waiting and not ended:
+                came = list(islice(self._source, self._lookahead))
+                ended = len(came) < self._lookahead
+                self._waiting = sorted(came, key=longest_answer, reverse=True)[::-1]
+            if not self._waiting or not self._place(self._waiting[-1]):
                 return
-            self.running += self._next
-            self._next = None
+            self.running += self._waiting.pop()
 
     def _place(self, group: list[S]) -> bool:
         """Give every sequence of a group its rows, or none of them any."""
@@ -136,6 +146,11 @@ class Scheduler(Generic[S]):
         for sequence, start in zip(group, starts, strict=True):
             sequence.start = start
         return True
+
+
+def longest_answer(group: list[S]) -> int:
+    """Tokens that its sequences may get; those that will be forked from the first have none of their own yet."""
+    return group[0].max_len - len(group[0].tokens)
 
 
 def pack(parts: list[tuple[S, int]], copies: list[tuple[int, int, int]]) -> tuple[StepInput, list[int]]:
