@@ -360,10 +360,10 @@ def test_a_signal_after_the_last_prompt_is_no_interruption(one: Callable[..., in
 
 
 @contextlib.contextmanager
-def tmpfs(directory: Path) -> Iterator[Path]:
-    """A file system of 4096 bytes."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", str(directory)], capture_output=True,
-                          text=True)
+def tmpfs(directory: Path, pages: int = 1) -> Iterator[Path]:
+    """A file system of so many times 4096 bytes, where each file takes whole ones."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4096 * pages}", "tmpfs", str(directory)],
+                          capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
     try:
@@ -423,7 +423,7 @@ def test_a_full_disk_stops_the_job_with_nothing_torn(one: Callable[..., int], pr
 
 @pytest.mark.full
 def test_a_full_disk_ends_all_ranks_in_order(two: SimpleNamespace, tmp_path: Path) -> None:
-    with tmpfs(tmp_path):
+    with tmpfs(tmp_path, pages=2):  # one for the bad lines, of which the last is read before the first answer ends
         done = mpirun(2, [*two.argv, "--output-file", str(tmp_path / "out.jsonl")], timeout=60, check=False)
         assert done.returncode == 10, done.stderr
         assert done.stderr.count("tpllm: ") == 1 and "No space left on device" in done.stderr
