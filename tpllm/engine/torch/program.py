@@ -163,8 +163,11 @@ class TorchOps:
                 return y
             y = quantized.linear(x, weight, scale)
             return y if bias is None else y + bias
-        # The compiler makes one loop of this, which reads weights as fast as memory gives them.
-        y = ((x.float() * weight.float()).sum(-1) if scale is None else quantized.row_product(x, weight, scale))[None]
+        # The compiler makes one loop of this, which reads weights as fast as memory gives them. Without `as_strided`,
+        # which wants its input in memory, it would make x anew in the loop for each row: a norm, say.
+        row = x.float()
+        row = row.as_strided(row.shape, row.stride())
+        y = ((row * weight.float()).sum(-1) if scale is None else quantized.row_product(row, weight, scale))[None]
         return (y if bias is None else y + bias).to(x.dtype)
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
