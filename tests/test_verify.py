@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,14 @@ def test_inspect_of_a_torn_checkpoint(copy: Callable[[str], Path], capsys: pytes
     path = copy("tp4") / "rank1.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert main(["inspect", str(path.parent)]) == 12 and str(path) in capsys.readouterr().err
+
+
+def test_a_reader_of_inspect_that_has_had_enough(made: dict[str, Path]) -> None:
+    with subprocess.Popen([sys.executable, "-m", "tpllm", "inspect", "--json", str(made["tp4"])], text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 141
 
 
 def test_inspect_needs_no_torch(made: dict[str, Path]) -> None:
