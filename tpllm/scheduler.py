@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -75,7 +76,7 @@ class Scheduler(Generic[S]):
         self.max_batch_size, self.max_step_tokens, self.max_step_rows = max_batch_size, max_step_tokens, max_step_rows
         self.running: list[S] = []
         self._source, self._lookahead = source, lookahead
-        self._waiting: list[list[S]] = []  # for room; the next one is the last
+        self._waiting: deque[list[S]] = deque()  # for room
         self._arena = Arena(capacity, unit)
         self._copies: list[tuple[int, int, int]] = []
 
@@ -126,10 +127,10 @@ class Scheduler(Generic[S]):
             if not self._waiting and not ended:
                 came = list(islice(self._source, self._lookahead))
                 ended = len(came) < self._lookahead
-                self._waiting = sorted(came, key=longest_answer, reverse=True)[::-1]
-            if not self._waiting or not self._place(self._waiting[-1]):
+                self._waiting.extend(sorted(came, key=longest_answer, reverse=True))
+            if not self._waiting or not self._place(self._waiting[0]):
                 return
-            self.running += self._waiting.pop()
+            self.running += self._waiting.popleft()
 
     def _place(self, group: list[S]) -> bool:
         """Give every sequence of a group its rows, or none of them any."""

@@ -21,22 +21,16 @@ WORDS = 4  # of each row in a program's tile, for each of its threads
 HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
 FULL = 256  # programs of such a product that keep a GPU busy
-OF_ONE = {torch.bfloat16: (0x4300, 136.0), torch.float16: (0x6400, 1032.0)}  # bits of 128 and 1,024; see `_few_rows`
-
-
-@triton.jit
-def _quarters(values):
-    """The first to fourth of each four neighbouring values along the last dimension, which one thread has."""
-    even, odd = tl.split(tl.reshape(values, values.shape[:-1] + [values.shape[-1] // 2, 2]))
-    a, c = tl.split(tl.reshape(even, even.shape[:-1] + [even.shape[-1] // 2, 2]))
-    b, d = tl.split(tl.reshape(odd, odd.shape[:-1] + [odd.shape[-1] // 2, 2]))
-    return a, b, c, d
 
 
 @triton.jit
 def _four(x, place, K):
     """Four neighbouring values of a row for each of some words, in float32."""
-    return _quarters(tl.load(x + place, mask=place < K, other=0.0).to(tl.float32))
+    values = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
+    a, c = tl.split(tl.reshape(even, [even.shape[0] // 2, 2]))
+    b, d = tl.split(tl.reshape(odd, [odd.shape[0] // 2, 2]))
+    return a, b, c, d
 
 
 @triton.jit
@@ -214,8 +208,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     turned = packed or m > 32
     lines = 64 if turned or n >= 64 * FULL else 32
-    one, more = OF_ONE[x.dtype]
+    ones, more = int4.ONES[x.dtype]
     _few_rows[(triton.cdiv(n, lines),)](
         x, weight, scale, out, m, n, k, INT4=packed, TURNED=turned, BLOCK_M=max(16, triton.next_power_of_2(m)),
-        BLOCK_N=lines, OF_ONE=one, MORE=more, num_warps=4, num_stages=3 if turned else 5)
+        BLOCK_N=lines, OF_ONE=ones & 0xFFFF, MORE=more, num_warps=4, num_stages=3 if turned else 5)
     return out
