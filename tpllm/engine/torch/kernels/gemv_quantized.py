@@ -15,12 +15,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import int4
 from tpllm.engine.torch.kernels.gemv import Tile, _finish, _gemv, _weights, launches_early
+from tpllm.engine.torch.kernels.int4 import _pairs
 
 FEW_PROGRAMS = 2048  # below these each has more warps: enough loads must be under way
 WORDS = 4  # of each row in a program's tile, for each of its threads
 HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
 FULL = 256  # programs of such a product that keep a GPU busy
+MAX_SPLIT = 8
 
 
 @triton.jit
@@ -142,38 +144,51 @@ def _place(rows, lines, TURNED: tl.constexpr):
         return rows[:, None], lines[None, :]
 
 
-@triton.jit(do_not_specialize=["M"])
-def _few_rows(x, w, scales, out, M, N, K, INT4: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr, OF_ONE: tl.constexpr, MORE: tl.constexpr):
-    """A group of 128 columns at a time. With TURNED the matrix is the tensor cores' left operand, with INT4 too.
+@triton.jit
+def _numbers(words, ones, LINES: tl.constexpr):
+    """Int4 words `[lines, 16]` as the bits of 16-bit floats `[lines, 128]`, too large by a constant."""
+    low = tl.join(_pairs(words, ones, 0), _pairs(words, ones, 1))
+    high = tl.join(_pairs(words, ones, 2), _pairs(words, ones, 3))
+    bits = tl.join(low, high)  # [lines, words, halves of a word, pairs' lower and higher bit]
+    return tl.reshape(tl.permute(bits, (0, 2, 4, 3, 1)), (LINES, 128))
 
-    INT4: a number among the lowest bits of OF_ONE is MORE too large.
+
+@triton.jit(do_not_specialize=["M"])
+def _few_rows(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.constexpr, SPLIT: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MORE: tl.constexpr):
+    """A group of 128 columns at a time, of each SPLIT of them one: sums of their own, `out [SPLIT, M, N]`.
+
+    With TURNED the matrix is the tensor cores' left operand.
     """
     rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns, words, groups = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128)
+    columns, words, groups, split = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128), tl.program_id(1)
     weights, valid = w + lines.to(tl.int64)[:, None] * (groups * 16 if INT4 else K), (lines < N)[:, None]
     x_rows, inside = x + rows[:, None] * K, (rows < M)[:, None]
     row_place, line_place = _place(rows, lines, TURNED)
     acc = tl.zeros([BLOCK_N, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_N], tl.float32)
-    for g in range(groups):
+    for g in range(split, groups, SPLIT):
+        place = (g * 128 + columns)[None, :]
+        row = tl.load(x_rows + place, mask=inside & (place < K), other=0.0)
         if INT4:
-            tile = tl.load(weights + g * 16 + words[None, :], mask=valid, other=0)
-            part = tl.zeros_like(acc)
-            for i in tl.static_range(8):
-                place = (g * 128 + 16 * i + words)[None, :]
-                row = tl.load(x_rows + place, mask=inside & (place < K), other=0.0)
-                bits = ((tile >> (4 * i)) & 15) | OF_ONE
-                part = _dot(row, bits.to(tl.int16).to(row.dtype, bitcast=True) - MORE, part, TURNED)
+            bits = _numbers(tl.load(weights + g * 16 + words[None, :], mask=valid, other=0), ones, BLOCK_N)
+            part = _dot(row, bits.to(row.dtype, bitcast=True) - MORE, tl.zeros_like(acc), TURNED)
             acc += part * tl.load(scales + line_place * groups + g, mask=line_place < N, other=0.0).to(tl.float32)
         else:
-            place = (g * 128 + columns)[None, :]
-            row = tl.load(x_rows + place, mask=inside & (place < K), other=0.0)
             tile = tl.load(weights + place, mask=valid & (place < K), other=0).to(row.dtype)
             acc = _dot(row, tile, acc, TURNED)
     if not INT4:
         acc *= tl.load(scales + line_place, mask=line_place < N, other=0.0)
-    tl.store(out + row_place * N + line_place, acc.to(out.dtype.element_ty),
+    tl.store(out + (split * M + row_place) * N + line_place, acc.to(out.dtype.element_ty),
              mask=(row_place < M) & (line_place < N))
+
+
+@triton.jit
+def _sum_parts(parts, out, COUNT, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(parts + part * COUNT + at, mask=at < COUNT, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < COUNT)
 
 
 @triton.jit
@@ -205,11 +220,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
         return F.linear(x, whole)
     if packed and m <= int4.ROWS:
         return int4.few_rows(x, weight, scale)
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     turned = packed or m > 32
     lines = 64 if turned or n >= 64 * FULL else 32
+    split = splits_for(n, lines, k)
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
     ones, more = int4.ONES[x.dtype]
-    _few_rows[(triton.cdiv(n, lines),)](
-        x, weight, scale, out, m, n, k, INT4=packed, TURNED=turned, BLOCK_M=max(16, triton.next_power_of_2(m)),
-        BLOCK_N=lines, OF_ONE=ones & 0xFFFF, MORE=more, num_warps=4, num_stages=3 if turned else 5)
+    _few_rows[(triton.cdiv(n, lines), split)](
+        x, weight, scale, parts, m, n, k, ones, INT4=packed, TURNED=turned, SPLIT=split,
+        BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=lines, MORE=more, num_warps=4,
+        num_stages=3 if turned else 5)
+    if split > 1:
+        _sum_parts[(triton.cdiv(m * n, 1024),)](parts, out, m * n, SPLIT=split, BLOCK=1024)
     return out
+
+
+def splits_for(size: int, lines: int, columns: int) -> int:
+    """Programs that share the columns of the same lines, so that there are enough of them; each has some groups."""
+    return max(1, min(FULL * lines // size, MAX_SPLIT, columns // 512))
