@@ -44,10 +44,9 @@ class Llama(Model):
     )
 
     def attention(self, ops: Ops[T], x: T, prefix: str, layer: int) -> T:
-        """Self-attention of normalized rows `x`; its output is still a partial sum of each rank's heads."""
+        """What each rank's heads make of normalized rows `x`."""
         q, k, v = ops.split_qkv(ops.linear(x, prefix + "attention.qkv"))
-        context = ops.attend(ops.rope(q), ops.rope(k), v, layer)
-        return ops.linear(context, prefix + "attention.dense")
+        return ops.attend(ops.rope(q), ops.rope(k), v, layer)
 
     def mlp(self, ops: Ops[T], x: T, prefix: str) -> T:
         """SwiGLU: `proj(silu(fc(x)) * gate(x))`, a partial sum of each rank's inner columns."""
@@ -55,10 +54,15 @@ class Llama(Model):
         return ops.linear(ops.mul(ops.silu(fc), gate), prefix + "mlp.proj")
 
     def decoder_layer(self, ops: Ops[T], h: T, layer: int) -> T:
-        """One layer, with its two all-reduces: after attention and after the MLP."""
+        """One layer, with its two all-reduces: after attention and after the MLP.
+
+        Behind the last one's attention only the rows go on whose logits are wanted.
+        """
         prefix = self.layer_prefix(layer)
-        x = ops.rms_norm(h, prefix + "input_layernorm")
-        h = ops.add(h, ops.all_reduce(self.attention(ops, x, prefix, layer)))
+        context = self.attention(ops, ops.rms_norm(h, prefix + "input_layernorm"), prefix, layer)
+        if layer == self.config.num_hidden_layers - 1:
+            h, context = ops.select_rows(h), ops.select_rows(context)
+        h = ops.add(h, ops.all_reduce(ops.linear(context, prefix + "attention.dense")))
         x = ops.rms_norm(h, prefix + "post_layernorm")
         return ops.add(h, ops.all_reduce(self.mlp(ops, x, prefix)))
 
@@ -66,4 +70,4 @@ class Llama(Model):
         h = ops.embedding("transformer.vocab_embedding")
         for layer in range(self.config.num_hidden_layers):
             h = self.decoder_layer(ops, h, layer)
-        return ops.vocab_logits(ops.rms_norm(ops.select_rows(h), "transformer.ln_f"), "lm_head")
+        return ops.vocab_logits(ops.rms_norm(h, "transformer.ln_f"), "lm_head")

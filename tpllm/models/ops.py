@@ -53,7 +53,7 @@ class Ops(Protocol[T]):
         """Sum of a partial result over the tensor-parallel ranks; the identity on one rank."""
 
     def select_rows(self, x: T) -> T:
-        """Only the rows whose logits are wanted: `[rows, hidden]`."""
+        """Of a step's rows only those whose logits are wanted: `[rows, …]`."""
 
     def vocab_logits(self, x: T, name: str) -> T:
         """`[rows, vocab]` float32 from a head split by vocabulary: gathered from all ranks, padding cut off."""
