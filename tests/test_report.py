@@ -257,11 +257,13 @@ def test_a_report_of_everything(tmp_path: Path, group: list[Record]) -> None:
 def test_two_models_in_one_directory_have_a_section_and_figures_each(tmp_path: Path) -> None:
     one = decode(1, 1, 4.0)
     del one["sizes"]
-    write_report(tmp_path, [one, one | {"model": "n/n", "quant_algo": "W8A16"}])
+    later = one | {"batch_size": 4, "commit": "later"}
+    write_report(tmp_path, [one, later, one | {"model": "n/n", "quant_algo": "W8A16"}])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for model, prefix in (("m, float32", "m-float32"), ("n/n, float32, W8A16", "n_n-float32-W8A16")):
         assert f"# {model}, eager" in text and f"({prefix}-eager-latency.png)" in text
         assert (tmp_path / f"{prefix}-eager-latency.png").is_file()
+    assert text.count("; commit c0ffee, later; ") == text.count("; commit c0ffee; ") == 1
 
 
 def test_without_matplotlib_there_are_tables_and_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,12 +119,13 @@ def section(group: Sequence[Record], rows: Sequence[Row], predicted: Sequence[Ro
     base = " or ".join(f"tp {tp}" for tp in bases) or "–"  # noqa: RUF001
     smallest = bases != [1] and bool(bases)
     lengths = main_lengths(rows)
+    commits = ", ".join(dict.fromkeys(str(record.get("commit")) for record in group))
     weights = "random weights" if last.get("weights") == "random" else "weights of a checkpoint"
     lines = [f"# {about['model']}, {about['dtype']}{', ' + about['quant_algo'] if about['quant_algo'] else ''}, "
              f"{about['backend']}", "",
              f"{about['device']}; {weights}; "
              + ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
-             + f"; commit {last.get('commit')}; {min(r['date'] for r in group)} to {max(r['date'] for r in group)}.",
+             + f"; commit {commits}; {min(r['date'] for r in group)} to {max(r['date'] for r in group)}.",
              f"The baseline is {base}{', the smallest that was measured' if smallest else ''}."]
     lines += [f"Figures are of {lengths[0]} tokens in, {lengths[1]} out." if lengths else ""]
     if crowded := sorted({r["tp_size"] for r in group if "cores_per_host" in r and is_crowded(r)}):
