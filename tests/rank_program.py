@@ -52,20 +52,29 @@ def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tens
 
 
 def check_in_parts(world: World) -> None:
-    """A product of more rows than one message has, whose sums over the GPUs go part by part."""
+    """Products of more rows than one message has, whose sums over the GPUs go part by part.
+
+    One is launched behind the other, without a wait, so that none may touch what another still needs. The last has
+    more rows than a step.
+    """
     gpus = communicator()
     assert gpus is not None
-    torch.manual_seed(7)
-    residual, norm = torch.randn(4500, gpus.width), torch.randn(gpus.width)
-    torch.manual_seed(world.rank)
-    x, weight = torch.randn(4500, 96), torch.randn(gpus.width, 96) / 10
-    x, weight, residual, norm = (t.to(gpus.dtype) for t in (x, weight, residual, norm))
-    found = gpus.linear_all_reduce_add_norm(*(t.to(gpus.device) for t in (x, weight, residual, norm)), 1e-5).cpu()
-    total = residual.double() + sum(world.allgather(x.double() @ weight.double().T))
-    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
-    for part, expected in zip(found.double(), (total, normed), strict=True):
-        assert (part - expected).norm() < 1e-2 * expected.norm()
-    assert all(torch.equal(found, others) for others in world.allgather(found))
+    given, found = [], []
+    for turn, rows in enumerate((4500, 8192, 4096, 7000, 8192, 9000)):
+        torch.manual_seed(turn)
+        residual, norm = torch.randn(rows, gpus.width), torch.randn(gpus.width)
+        torch.manual_seed(100 + turn * world.size + world.rank)
+        x, weight = torch.randn(rows, 96), torch.randn(gpus.width, 96) / 10
+        given.append([t.to(gpus.dtype) for t in (x, weight, residual, norm)])
+    on_gpus = [[t.to(gpus.device) for t in each] for each in given]
+    for x, weight, residual, norm in on_gpus:
+        found.append(gpus.linear_all_reduce_add_norm(x, weight, residual, norm, 1e-5))
+    for (x, weight, residual, norm), result in zip(given, map(torch.Tensor.cpu, found), strict=True):
+        total = residual.double() + sum(world.allgather(x.double() @ weight.double().T))
+        normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
+        for part, expected in zip(result.double(), (total, normed), strict=True):
+            assert (part - expected).norm() < 1e-2 * expected.norm()
+        assert all(torch.equal(result, others) for others in world.allgather(result))
 
 
 def run_job(job: dict[str, Any], world: World) -> None:

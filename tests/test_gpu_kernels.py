@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from tpllm.engine.torch import communicator
+from tpllm.engine.torch.exchange import Reduced
 
 # of ‖found - expected‖ / ‖expected‖
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -73,6 +74,7 @@ def test_a_product_that_is_summed_in_parts(rows: int, kernels: Any, group: None,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(communicator, "PART_ROWS", 4)
     alone: communicator.Communicator = object.__new__(communicator.Communicator)
+    alone._parts, alone._most = Reduced(), rows
     torch.manual_seed(rows)
     x, weight, residual, norm = (torch.randn(shape) for shape in ((rows, 48), (64, 48), (rows, 64), (64,)))
     found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5)
@@ -87,9 +89,16 @@ def test_a_product_that_is_summed_in_parts(rows: int, kernels: Any, group: None,
 def test_residual_and_norm(width: int, dtype: torch.dtype, kernels: Any) -> None:
     torch.manual_seed(width)
     x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((5, width), (5, width), (width,)))
-    total, normed = kernels.norm.add_norm(*(t.to(DEVICE) for t in (x, residual, weight)), 1e-5).unbind(0)
+    on_device = [t.to(DEVICE) for t in (x, residual, weight)]
+    total, normed = kernels.norm.add_norm(*on_device, 1e-5).unbind(0)
     close(total, x.double() + residual.double(), dtype)
     close(normed, rms_norm(x.double() + residual.double(), weight.double()), dtype)
+    other, out = torch.randn(5, width).to(dtype), torch.empty(2, 5, width, dtype=dtype, device=DEVICE)
+    found = kernels.norm.add_norm(*on_device, 1e-5, out, other.to(DEVICE))
+    assert found is out
+    close(found[0], x.double() + other.double() + residual.double(), dtype)
+    swapped = kernels.norm.add_norm(other.to(DEVICE), *on_device[1:], 1e-5, other=on_device[0])
+    assert torch.equal(found, swapped)  # so that two ranks, each of which adds the other's, have the same
 
 
 @pytest.mark.gpu

@@ -35,7 +35,8 @@ PARTS = {
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
-    "gpus": ("engine.torch.communicator", "engine.torch.cuda", "engine.torch.memory"),
+    "gpus": ("engine.torch.communicator", "engine.torch.cuda", "engine.torch.exchange", "engine.torch.graphs",
+             "engine.torch.memory"),
     "kernels": ("engine.torch.kernels",),
 }
 STANDING = {"gpus": "tpllm.engine.torch.", "kernels": "tpllm.engine.torch."}  # on other parts only verbs do

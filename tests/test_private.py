@@ -61,6 +61,11 @@ def test_the_name_resolves(name: str) -> None:
     assert resolve(name) is not None
 
 
+def test_symmetric_memory_has_what_peers_use() -> None:
+    handle = resolve("torch._C._distributed_c10d._SymmetricMemory")
+    assert {"buffer_ptrs", "get_buffer", "put_signal", "wait_signal"} <= set(dir(handle))
+
+
 def test_the_compiler_takes_our_arguments_and_options() -> None:
     signature = inspect.signature(resolve("torch._inductor.aoti_compile_and_package"))
     signature.bind(None, package_path="x.pt2", inductor_configs=private.COMPILE_OPTIONS)

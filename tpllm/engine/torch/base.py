@@ -165,7 +165,8 @@ def connect_gpus(config: EngineConfig, device: torch.device, world: World) -> Co
         return None
     from tpllm.engine.torch.communicator import Communicator  # which needs a PyTorch with NCCL
 
-    return Communicator(world, device, config.model.hidden_size, getattr(torch, config.model.dtype))
+    return Communicator(world, device, config.model.hidden_size, getattr(torch, config.model.dtype),
+                        config.build.step_tokens)
 
 
 def example_inputs(config: EngineConfig, device: torch.device, tokens: int, prompts: int, batch: int, rows: int,

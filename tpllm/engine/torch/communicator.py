@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
+from tpllm.engine.torch.exchange import Exchanged, Parts, Reduced
 from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
 from tpllm.errors import PreflightError, RankError
@@ -38,15 +39,20 @@ class Path:
 
 
 class Communicator:
-    """Sums over the ranks of activations `[rows, width]`. All of them call the same methods in the same order."""
+    """Sums over the ranks of activations `[rows, width]`. All of them call the same methods in the same order.
 
-    def __init__(self, world: World, device: torch.device, width: int, dtype: torch.dtype) -> None:
-        self.world, self.device, self.width, self.dtype = world, device, width, dtype
+    There is room for `most` rows at once; more are summed too, but not in the fastest way.
+    """
+
+    def __init__(self, world: World, device: torch.device, width: int, dtype: torch.dtype, most: int) -> None:
+        self.world, self.device, self.width, self.dtype, self._most = world, device, width, dtype, most
         start_group(world, device)
         self._ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"nccl": self._nccl}
+        self._parts: Parts = Reduced()
         if reaches_peers(world):
             self._make_direct()
         self._paths = self._choose()
+        self._check_parts()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks; on every rank the same bits."""
@@ -66,21 +72,23 @@ class Communicator:
     def linear_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
                                    norm: torch.Tensor, epsilon: float) -> torch.Tensor:
         """The same of `x [rows, in]` times `weight [width, in]`: some rows are summed while others are computed."""
-        count = x.shape[0] // PART_ROWS
+        total, count = x.shape[0], x.shape[0] // PART_ROWS
         if count < 2:
             return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
         from tpllm.engine.torch.kernels.norm import add_norm
 
         products, out = torch.empty_like(residual), residual.new_empty((2, *residual.shape))
-        parts = list(zip(products.chunk(count), x.chunk(count), residual.chunk(count), out.chunk(count, 1),
-                         strict=True))
-        sums = []
-        for product, rows, _, _ in parts:
-            torch.mm(rows, weight.t(), out=product)
-            sums.append(dist.all_reduce(product, async_op=True))
-        for done, (product, _, before, after) in zip(sums, parts, strict=True):
-            done.wait()  # holds up the GPU's stream, not the host
-            add_norm(product, before, norm, epsilon, after)
+        step = -(-total // count)
+        slices = [slice(row, min(row + step, total)) for row in range(0, total, step)]
+        parts = self._parts if total <= self._most else Reduced()
+        parts.begin()
+        for part in slices:
+            torch.mm(x[part], weight.t(), out=products[part])
+            parts.send(products[part], part.start)
+        for part in slices:
+            other = parts.received(products[part], part.start)
+            add_norm(products[part], residual[part], norm, epsilon, out[:, part], other)
+        parts.end()
         return out
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,9 +119,11 @@ class Communicator:
 
         row = self.width * self.dtype.itemsize
         rows = max(1, PUSH_BYTES // row)
-        places, addresses = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
-        self._buffers = make_buffers(places, addresses, self.world.rank)
+        places, peers = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
+        self._buffers = make_buffers(places, peers.addresses, self.world.rank)
         self._large, _ = symmetric_memory((ROW_COUNTS[-1], self.width), self.dtype, self.device)
+        if self.world.size == 2 and self._most >= 2 * PART_ROWS and forced_path() != "nccl":
+            self._parts = Exchanged(self.world.rank, self._most, self.width, self.dtype, self.device)
         torch.cuda.synchronize(self.device)
         self.world.barrier()
         self._ways["push"] = lambda x: push_all_reduce(x.contiguous(), self._buffers)
@@ -128,7 +138,7 @@ class Communicator:
 
     def _choose(self) -> list[Path]:
         """Check each way's sums and take the fastest at each size; all ranks take the same."""
-        forced = choice("TPLLM_ALL_REDUCE", "auto", *PATHS)
+        forced = forced_path()
         if forced != "auto" and forced not in self._ways:
             raise PreflightError(f"TPLLM_ALL_REDUCE={forced}, which these ranks' GPUs do not have for {self.dtype}; "
                                  f"they have {', '.join(self._ways)}")
@@ -140,6 +150,17 @@ class Communicator:
             best = min(took, key=lambda name: took[name])
             found.append(Path(rows, best, round(took[best] * 1e6, 1)))
         return found
+
+    def _check_parts(self) -> None:
+        """One product in parts, twice, as these have two places."""
+        rows = 2 * PART_ROWS
+        x, weight = (torch.full((n, 16), value, dtype=self.dtype, device=self.device)
+                     for n, value in ((rows, self.world.rank + 1.0), (self.width, 0.125)))
+        residual = x.new_zeros((rows, self.width))
+        for _ in range(2):
+            total, _ = self.linear_all_reduce_add_norm(x, weight, residual, residual[0], 1.0)
+            if not bool((total == 2 * sum(range(1, self.world.size + 1))).all()):
+                raise RankError("the GPUs' sums of a product in parts are wrong; `tpllm doctor` looks further")
 
     def _measure(self, name: str, rows: int) -> float:
         """Median seconds of one sum of that many rows in a CUDA graph, its value checked."""
@@ -154,6 +175,11 @@ class Communicator:
                 way(x)
 
         return graph_seconds(sums, REPEATS, ready=dist.barrier) / PER_GRAPH
+
+
+def forced_path() -> str:
+    """The one of `PATHS` that was asked for, or `auto`."""
+    return choice("TPLLM_ALL_REDUCE", "auto", *PATHS)
 
 
 def host_name(world: World) -> str:

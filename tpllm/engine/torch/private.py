@@ -100,14 +100,38 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return torch.nn.functional.linear(x, weight, bias)
 
 
+class Peers:
+    """How the ranks of the process group reach each other's part of symmetric memory."""
+
+    def __init__(self, handle: torch._C._distributed_c10d._SymmetricMemory) -> None:
+        self._handle = handle
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where each rank's part begins."""
+        return list(self._handle.buffer_ptrs)
+
+    def buffer(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """A rank's part, of the shape of this rank's."""
+        found: torch.Tensor = self._handle.get_buffer(rank, like.shape, like.dtype)
+        return found
+
+    def signal(self, rank: int, channel: int) -> None:
+        """Let that rank's `wait` end once the stream's work so far is done; after the last signal was waited for."""
+        self._handle.put_signal(rank, channel)
+
+    def wait(self, rank: int, channel: int) -> None:
+        """Hold up the stream, not the host, for a signal of that rank."""
+        self._handle.wait_signal(rank, channel)
+
+
 def symmetric_memory(shape: tuple[int, ...], dtype: torch.dtype,
-                     device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """Memory that all ranks of the process group reach, and where each one's begins; collective."""
+                     device: torch.device) -> tuple[torch.Tensor, Peers]:
+    """Memory that all ranks of the process group reach; collective."""
     import torch.distributed._symmetric_memory
 
     tensor = torch.distributed._symmetric_memory.empty(shape, dtype=dtype, device=device)
-    handle = torch.distributed._symmetric_memory.rendezvous(tensor, world_group())
-    return tensor, list(handle.buffer_ptrs)
+    return tensor, Peers(torch.distributed._symmetric_memory.rendezvous(tensor, world_group()))
 
 
 def two_shot_all_reduce(x: torch.Tensor) -> None:
