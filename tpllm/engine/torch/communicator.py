@@ -71,7 +71,9 @@ class Communicator:
 
     def linear_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
                                    norm: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """The same of `x [rows, in]` times `weight [width, in]`: some rows are summed while others are computed."""
+        """The same of `x [rows, in]` times `weight [width, in]`: what is computed is sent while the rest is."""
+        if x.shape[0] == 1:
+            return self._row_all_reduce_add_norm(x, weight, residual, norm, epsilon)
         total, count = x.shape[0], x.shape[0] // PART_ROWS
         if count < 2:
             return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
@@ -90,6 +92,17 @@ class Communicator:
             add_norm(products[part], residual[part], norm, epsilon, out[:, part], other)
         parts.end()
         return out
+
+    def _row_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
+                                 norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+        from tpllm.engine.torch.kernels.gemv import gemv
+
+        if self._name(residual) != "push":
+            return self.all_reduce_add_norm(gemv(x, weight, None, epsilon, None, False), residual, norm, epsilon)
+        from tpllm.engine.torch.kernels.push import push_all_reduce_add_norm
+
+        product = gemv(x, weight, None, epsilon, None, False, self._buffers)
+        return push_all_reduce_add_norm(product, residual, norm, epsilon, self._buffers, sent=True)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x`: `[ranks, …]`."""

@@ -59,7 +59,9 @@ class FusedOps(TorchOps):
     def linear(self, x: Tensor, name: str) -> Tensor:
         if (bias := self._find(name + ".bias")) is not None:
             return self._product(x, name) + bias
-        return self._remember(self._product(x, name), Origin("linear", x, (name,)))
+        product = self._remember(self._product(x, name), Origin("linear", x, (name,)))
+        self._made = (product, x, self._get(name + ".weight")) if self._scale(name) is None else None
+        return product
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
         if names not in self.program.survey.groups or self._find(merged_name(names) + ".bias") is not None:

@@ -7,12 +7,15 @@ reads its first weights, while the one before it still runs, and waits for it on
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+if TYPE_CHECKING:
+    from tpllm.engine.torch.kernels.push import Buffers
 
 FEW_PROGRAMS = 4096  # below these each has more warps: enough loads must be under way
 NUMBERS = 8  # of each row in a program's tile, for each of its threads
@@ -35,21 +38,37 @@ def _weights(pointers, rows, columns, N, K):
 @triton.jit
 def _finish(result, gate, squares, residual, out, place, mask, K, epsilon, NORM: tl.constexpr,
             RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr):
-    """Store sums, of which `gate` are those of SwiGLU's second half."""
+    """Store sums, of which `gate` are those of SwiGLU's second half; what was stored."""
     scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
     result *= scale
     if SWIGLU:
         result = result / (1.0 + tl.exp(-result)) * (gate * scale)
     if RESIDUAL:
         result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
+    result = result.to(out.dtype.element_ty)
+    tl.store(out + place, result, mask=mask)
+    return result
 
 
 @triton.jit
-def _gemv(x, w, scales, norm, residual, out, N, K, epsilon, SCALED: tl.constexpr, NORM: tl.constexpr,
-          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_K: tl.constexpr):
-    """With SCALED each row of the matrix stands for itself times its scale."""
+def send(values, at, inside, addresses, round, N, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr):
+    """Values into every peer's buffer (`push.py`), `at` elements behind where this rank's begin in a round."""
+    bits: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
+    empty: tl.constexpr = -(1 << (values.dtype.primitive_bitwidth - 1))  # the sign alone
+    sent = values.to(bits, bitcast=True)
+    sent = tl.where(sent == empty, 0, sent)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            there = tl.load(addresses + peer).to(tl.pointer_type(bits))
+            tl.store(there + (round % 3 * RANKS + RANK) * ROWS * N + at, sent, mask=inside, cache_modifier=".wt")
+
+
+@triton.jit
+def _gemv(x, w, scales, norm, residual, out, N, K, epsilon, addresses, rounds, SCALED: tl.constexpr,
+          NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr = 0, RANKS: tl.constexpr = 1,
+          ROWS: tl.constexpr = 1):
+    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too."""
     rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
     other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
@@ -78,7 +97,10 @@ def _gemv(x, w, scales, norm, residual, out, N, K, epsilon, SCALED: tl.constexpr
     if SCALED:
         result *= scale
         gate *= scale2
-    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
+    result = _finish(result, gate, tl.sum(squares, 0), residual, out, rows, rows < N, K, epsilon, NORM, RESIDUAL,
+                     SWIGLU)
+    if RANKS > 1:
+        send(result, rows, rows < N, addresses, tl.load(rounds), N, RANK, RANKS, ROWS)
 
 
 @cache
@@ -94,16 +116,20 @@ def tile_of(size: int, swiglu: bool) -> Tile:
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
-         residual: torch.Tensor | None, swiglu: bool) -> torch.Tensor:
+         residual: torch.Tensor | None, swiglu: bool, peers: Buffers | None = None) -> torch.Tensor:
     """`[1, N]`: x or, with `norm [K]`, its root-mean-square norm, times `weight [N, K]`, plus `residual [1, N]`.
 
-    With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half.
+    With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half. With `peers` it is also sent to
+    their buffers, where `push_all_reduce_add_norm` must look for it next.
     """
     size = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early, (results, warps) = launches_early(x.device), tile_of(size, swiglu)
+    ranks = {} if peers is None else {"RANK": peers.rank, "RANKS": len(peers.addresses), "ROWS": peers.rows}
+    theirs = (out, out) if peers is None else (peers.addresses, peers.rounds)
     _gemv[(triton.cdiv(size, results),)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
-        weight.shape[1], epsilon, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu,
-        EARLY=early, BLOCK_N=results, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early)
+        weight.shape[1], epsilon, *theirs, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None,
+        SWIGLU=swiglu, EARLY=early, BLOCK_N=results, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early,
+        **ranks)
     return out

@@ -111,7 +111,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
     if columns % 4 == 0 and x.dtype != torch.float32:
         _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
     else:
-        _gemv[grid](*inputs, SCALED=True, **options | {"BLOCK_K": 256 * warps})
+        _gemv[grid](*inputs, out, out, SCALED=True, **options | {"BLOCK_K": 256 * warps})
     return out
 
 

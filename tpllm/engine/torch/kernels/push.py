@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import launches_early
+from tpllm.engine.torch.kernels.gemv import launches_early, send
 from tpllm.engine.torch.kernels.norm import store_sum_and_norm
 
 SETS = 3
@@ -36,7 +36,7 @@ class Buffers(NamedTuple):
 
 @triton.jit
 def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
-          ROWS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+          ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = x.dtype.element_ty
     bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
     empty: tl.constexpr = -(1 << (dtype.primitive_bitwidth - 1))  # the sign alone
@@ -48,13 +48,8 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK:
     round = tl.load(rounds + row)
     now, before = round % 3, (round + 2) % 3
     mine = tl.load(x + row.to(tl.int64) * N + columns, mask=inside, other=0.0)
-    sent = mine.to(bits, bitcast=True)
-    sent = tl.where(sent == empty, 0, sent)
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            there = tl.load(addresses + peer).to(tl.pointer_type(bits))
-            tl.store(there + ((now * RANKS + RANK) * ROWS + row) * N + columns, sent, mask=inside,
-                     cache_modifier=".wt")
+    if SEND:  # else the kernel before has
+        send(mine, row * N + columns, inside, addresses, round, N, RANK, RANKS, ROWS)
     here = tl.load(addresses + RANK).to(tl.pointer_type(bits))
     acc = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(RANKS):  # the same order on every rank, so the same bits
@@ -93,19 +88,22 @@ def push_all_reduce(x: torch.Tensor, buffers: Buffers) -> torch.Tensor:
 
 
 def push_all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float,
-                             buffers: Buffers) -> torch.Tensor:
-    """`residual` plus the sum over the ranks of `x`, and its root-mean-square norm times `norm [width]`, stacked."""
+                             buffers: Buffers, sent: bool = False) -> torch.Tensor:
+    """`residual` plus the sum over the ranks of `x`, and its root-mean-square norm times `norm [width]`, stacked.
+
+    With `sent` every rank's `x` is already on its way to the others (`gemv`).
+    """
     out = x.new_empty((2, *x.shape))
-    _launch(x, buffers, residual, norm, out[0], out[1], epsilon, add=True)
+    _launch(x, buffers, residual, norm, out[0], out[1], epsilon, add=True, send=not sent)
     return out
 
 
 def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: torch.Tensor, total: torch.Tensor,
-            normed: torch.Tensor, epsilon: float, add: bool) -> None:
+            normed: torch.Tensor, epsilon: float, add: bool, send: bool = True) -> None:
     rows, width = x.shape
     early = launches_early(x.device)
     block = triton.next_power_of_2(width)
     _push[(rows,)](
         x, residual, norm, total, normed, buffers.addresses, buffers.rounds, width, epsilon, RANK=buffers.rank,
-        RANKS=len(buffers.addresses), ROWS=buffers.rows, ADD=add, EARLY=early, BLOCK=block,
+        RANKS=len(buffers.addresses), ROWS=buffers.rows, SEND=send, ADD=add, EARLY=early, BLOCK=block,
         num_warps=max(4, min(32, block // 256)), launch_pdl=early)
