@@ -1,7 +1,8 @@
 """Runs under mpirun: a list of jobs on every rank, so that all cases of one rank count share a start.
 
 `mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
-"prompts": […], "out": file}`, `{"in parts": engine_dir}`, or `{"hosts": N}`: the ranks then look to NCCL like N hosts.
+"prompts": […], "out": file}`, `{"in parts": engine_dir}`, `{"hosts": N}`: the ranks then look to NCCL like N hosts, or
+`{"part rows": N}`: products of twice as many rows are then summed in parts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tpllm import ModelRunner
 from tpllm.cli import main
 from tpllm.distributed import World
 from tpllm.engine.base import StepInput
+from tpllm.engine.torch import communicator as communicator_module
+from tpllm.engine.torch import exchange
 from tpllm.engine.torch.collectives import communicator
 
 
@@ -54,13 +57,13 @@ def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tens
 def check_in_parts(world: World) -> None:
     """Products of more rows than one message has, whose sums over the GPUs go part by part.
 
-    One is launched behind the other, without a wait, so that none may touch what another still needs. The last has
-    more rows than a step.
+    One is launched behind the other, without a wait, so that none may touch what another still needs, and each pair
+    like the two of a layer, of which the second adds to the first's sum. The last has more rows than a step.
     """
     gpus = communicator()
     assert gpus is not None
     given, found = [], []
-    for turn, rows in enumerate((4500, 8192, 4096, 7000, 8192, 9000)):
+    for turn, rows in enumerate((4500, 8192, 4096, 7001, 8192, 9000)):
         torch.manual_seed(turn)
         residual, norm = torch.randn(rows, gpus.width), torch.randn(gpus.width)
         torch.manual_seed(100 + turn * world.size + world.rank)
@@ -68,13 +71,19 @@ def check_in_parts(world: World) -> None:
         given.append([t.to(gpus.dtype) for t in (x, weight, residual, norm)])
     on_gpus = [[t.to(gpus.device) for t in each] for each in given]
     for x, weight, residual, norm in on_gpus:
-        found.append(gpus.linear_all_reduce_add_norm(x, weight, residual, norm, 1e-5))
-    for (x, weight, residual, norm), result in zip(given, map(torch.Tensor.cpu, found), strict=True):
-        total = residual.double() + sum(world.allgather(x.double() @ weight.double().T))
-        normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
-        for part, expected in zip(result.double(), (total, normed), strict=True):
-            assert (part - expected).norm() < 1e-2 * expected.norm()
-        assert all(torch.equal(result, others) for others in world.allgather(result))
+        first = gpus.linear_all_reduce_add_norm(x, weight, residual, norm, 1e-5)
+        second = gpus.linear_all_reduce_add_norm(x, weight, first[0], norm, 1e-5)
+        some = gpus.select_rows(first[0], torch.arange(0, len(x), 7, device=gpus.device))
+        found.append((gpus.select_rows(first[0], None), first[1], gpus.select_rows(second[0], None), second[1], some))
+    for (x, weight, residual, norm), results in zip(given, found, strict=True):
+        results = [result.cpu() for result in results]
+        product = sum(world.allgather(x.double() @ weight.double().T))
+        totals = residual.double() + product, residual.double() + 2 * product
+        expected = [t for total in totals for t in (
+            total, total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * norm.double())]
+        for result, wanted in zip(results, [*expected, totals[0][::7]], strict=True):
+            assert (result.double() - wanted).norm() < 1e-2 * wanted.norm()
+            assert all(torch.equal(result, others) for others in world.allgather(result))
 
 
 def run_job(job: dict[str, Any], world: World) -> None:
@@ -84,6 +93,9 @@ def run_job(job: dict[str, Any], world: World) -> None:
             raise RuntimeError(f"exit code {code}: {job['tpllm']}")
     elif "hosts" in job:
         os.environ["NCCL_HOSTID"] = f"host{world.rank * job['hosts'] // world.size}"
+    elif "part rows" in job:
+        for module in (communicator_module, exchange):
+            module.PART_ROWS = job["part rows"]
     elif "in parts" in job:
         ModelRunner.from_dir(job["in parts"], world=world)
         check_in_parts(world)

@@ -11,8 +11,7 @@ from interpreted import DEVICE, GPU, INTERPRETED, need_kernels, run_interpreted
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tpllm.engine.torch import communicator
-from tpllm.engine.torch.exchange import Reduced
+from tpllm.engine.torch import communicator, exchange
 
 # of ‖found - expected‖ / ‖expected‖
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -72,9 +71,10 @@ def group() -> Iterator[None]:
 @pytest.mark.parametrize("rows", [8, 11, 17])
 def test_a_product_that_is_summed_in_parts(rows: int, kernels: Any, group: None,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(communicator, "PART_ROWS", 4)
+    for module in (communicator, exchange):
+        monkeypatch.setattr(module, "PART_ROWS", 4)
     alone: communicator.Communicator = object.__new__(communicator.Communicator)
-    alone._parts, alone._most = Reduced(), rows
+    alone._exchanged = None
     torch.manual_seed(rows)
     x, weight, residual, norm = (torch.randn(shape) for shape in ((rows, 48), (64, 48), (rows, 64), (64,)))
     found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5)
@@ -93,12 +93,22 @@ def test_residual_and_norm(width: int, dtype: torch.dtype, kernels: Any) -> None
     total, normed = kernels.norm.add_norm(*on_device, 1e-5).unbind(0)
     close(total, x.double() + residual.double(), dtype)
     close(normed, rms_norm(x.double() + residual.double(), weight.double()), dtype)
-    other, out = torch.randn(5, width).to(dtype), torch.empty(2, 5, width, dtype=dtype, device=DEVICE)
-    found = kernels.norm.add_norm(*on_device, 1e-5, out, other.to(DEVICE))
-    assert found is out
-    close(found[0], x.double() + other.double() + residual.double(), dtype)
-    swapped = kernels.norm.add_norm(other.to(DEVICE), *on_device[1:], 1e-5, other=on_device[0])
-    assert torch.equal(found, swapped)  # so that two ranks, each of which adds the other's, have the same
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", range(3))
+def test_residual_and_norm_of_shares(rank: int, kernels: Any) -> None:
+    torch.manual_seed(rank)
+    shares, residual, weight = (torch.randn(shape) for shape in ((3, 6, 48), (4, 48), (48,)))
+    others = shares.clone()
+    others[rank] = float("nan")  # nobody writes there
+    out = torch.empty(2, 9, 48, device=DEVICE)
+    x, residual_there, weight_there = (t.to(DEVICE) for t in (shares[rank, :4], residual, weight))
+    kernels.norm.add_norm(x, residual_there, weight_there, 1e-5, out[:, 2:6],
+                          kernels.norm.Shares(others.view(-1, 48).to(DEVICE), rank, 3, 6))
+    expected = shares[:, :4].double().sum(0) + residual.double()
+    close(out[0, 2:6], expected, torch.float32)
+    close(out[1, 2:6], rms_norm(expected, weight.double()), torch.float32)
 
 
 @pytest.mark.gpu
@@ -178,4 +188,4 @@ def test_rotation_and_store(heads: int, kv_heads: int, size: int, kernels: Any) 
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 34)
+    run_interpreted(__file__, 37)

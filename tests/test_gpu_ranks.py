@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RANKS, reason="fewer than 
 ENGINES = [("eager", HEAD64, "float32"), ("eager", LLAMA31_GQA, "bfloat16"), ("inductor", HEAD64, "float32"),
            ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16")]
 IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
-WAYS = {"auto": {}, "push": {}, "two-shot": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
+WAYS = {"auto": {}, "in parts": {}, "push": {}, "two-shot": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
+FIRST: dict[str, list[dict[str, Any]]] = {"two hosts": [{"hosts": 2}], "in parts": [{"part rows": 50}]}
 CASES = [(way, case) for way in WAYS for case, (_, _, dtype) in enumerate(ENGINES)
          if way != "two-shot" or dtype != "float16"]  # which PyTorch's kernel does not sum
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
@@ -76,8 +77,7 @@ def ran(made: Made, way: str) -> Path:
     build(made)
     out = made.root / way.replace(" ", "-")
     out.mkdir()
-    jobs: list[dict[str, Any]] = [{"hosts": 2}] if way == "two hosts" else []
-    jobs.append({"in parts": str(made.engine(3))})
+    jobs = [*FIRST.get(way, []), {"in parts": str(made.engine(3))}]
     for i, (_, shape, _) in enumerate(ENGINES):
         if (way, i) not in CASES:
             continue
@@ -89,7 +89,7 @@ def ran(made: Made, way: str) -> Path:
                  {"tpllm": [*run, str(out / f"first{i}.json")]}, {"tpllm": [*run, str(out / f"second{i}.json")]}]
     old = {name: os.environ.get(name) for name in ("TPLLM_ALL_REDUCE", *NO_MULTICAST, *WAYS[way])}
     os.environ.update(NO_MULTICAST | WAYS[way])
-    os.environ["TPLLM_ALL_REDUCE"] = "auto" if way == "two hosts" else way
+    os.environ["TPLLM_ALL_REDUCE"] = {"in parts": "push", "two hosts": "auto"}.get(way, way)
     try:
         printed = run_jobs(made.ranks, jobs, out, 500)
     finally:

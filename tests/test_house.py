@@ -35,14 +35,14 @@ PARTS = {
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
-    "gpus": ("engine.torch.communicator", "engine.torch.cuda", "engine.torch.exchange", "engine.torch.graphs",
-             "engine.torch.memory"),
+    "gpus": ("engine.torch.communicator", "engine.torch.cuda", "engine.torch.exchange", "engine.torch.fused",
+             "engine.torch.graphs", "engine.torch.memory"),
     "kernels": ("engine.torch.kernels",),
 }
 STANDING = {"gpus": "tpllm.engine.torch.", "kernels": "tpllm.engine.torch."}  # on other parts only verbs do
 # Where weights are described, written and multiplied with, the core asks this part whether they are quantized.
 HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine.random_weights",
-                          "engine.torch.program", "engine.torch.fused", "engine.tensorrt.lowering")}  # fmt: skip
+                          "engine.torch.program", "engine.tensorrt.lowering")}  # fmt: skip
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [

@@ -16,9 +16,11 @@ library.define("all_reduce(Tensor x) -> Tensor")
 library.define("all_gather(Tensor x, int ranks) -> Tensor")
 # On GPUs what follows an all-reduce in a layer is done in the same kernel. One result: the sum and its norm, stacked.
 library.define("all_reduce_add_norm(Tensor x, Tensor residual, Tensor norm, float epsilon) -> Tensor")
-# The product before it too, so that of many rows some are summed while others are computed.
+# The product before it too, so that of many rows some are summed while others are computed. Of such a sum every rank
+# has the norm, but maybe not all rows, so that these are asked for by an operator of their own.
 library.define("linear_all_reduce_add_norm(Tensor x, Tensor weight, Tensor residual, Tensor norm, float epsilon) -> "
                "Tensor")
+library.define("select_summed_rows(Tensor total, Tensor? rows) -> Tensor")
 
 # A compiled graph calls its operators by name, so the ranks they speak to cannot be passed as an argument.
 _bound: list[World] = [World()]
@@ -75,6 +77,11 @@ def _linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, residual:
     return _gpus[0].linear_all_reduce_add_norm(x, weight, residual, norm, epsilon)
 
 
+@torch.library.impl(library, "select_summed_rows", "CUDA")
+def _select_summed_rows(total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return _gpus[0].select_rows(total, rows)
+
+
 @torch.library.register_fake("tpllm::all_reduce", lib=library)
 def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
@@ -94,6 +101,11 @@ def _(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: floa
 def _(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
       epsilon: float) -> torch.Tensor:
     return x.new_empty((2, *residual.shape))
+
+
+@torch.library.register_fake("tpllm::select_summed_rows", lib=library)
+def _(total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(total) if rows is None else total.new_empty((rows.shape[0], total.shape[1]))
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +129,15 @@ def all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Ten
 
 def linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
                                epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`all_reduce_add_norm` of `x [T, in]` times `weight [width, in]`."""
+    """`all_reduce_add_norm` of `x [T, in]` times `weight [width, in]`; a rank may have only some rows of the sum.
+
+    It may be `residual` of the next as it is, else `select_summed_rows` must find its rows.
+    """
     total, normed = torch.ops.tpllm.linear_all_reduce_add_norm(x, weight, residual, norm, epsilon).unbind(0)
     return total, normed
+
+
+def select_summed_rows(total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """These rows, or all, of a sum of `linear_all_reduce_add_norm`."""
+    result: torch.Tensor = torch.ops.tpllm.select_summed_rows(total, rows)
+    return result

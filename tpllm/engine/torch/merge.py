@@ -26,23 +26,29 @@ def survey(model: Model) -> Survey:
     """Ask a model; it may only use verbs on what verbs return."""
     listener: Any = Listener()
     model.forward(listener)
-    found: Survey = listener.found
-    return found
+    return Survey(listener.groups, {n: name for n, name in listener.norms.items() if n not in listener.used})
 
 
 class Listener:
     """`Ops` that compute nothing; each result is an object of its own."""
 
     def __init__(self) -> None:
-        self.found = Survey()
+        self.groups: list[tuple[str, ...]] = []
+        self.norms: dict[int, str] = {}
+        self.used: set[int] = set()  # sums that other verbs use than the three that know what to do with shares of them
         self._sums: list[object] = []
 
     def linears(self, x: object, *names: str) -> tuple[object, ...]:
-        self.found.groups.append(names)
+        self.groups.append(names)
+        self._use(x)
         return tuple(object() for _ in names)
 
     def split_qkv(self, qkv: object) -> tuple[object, object, object]:
+        self._use(qkv)
         return object(), object(), object()
+
+    def select_rows(self, x: object) -> object:
+        return object()
 
     def add(self, a: object, b: object) -> object:
         self._sums.append(object())
@@ -50,8 +56,12 @@ class Listener:
 
     def rms_norm(self, x: object, name: str) -> object:
         if x in self._sums:
-            self.found.norms.setdefault(self._sums.index(x), name)
+            self.norms.setdefault(self._sums.index(x), name)
+        return object()
+
+    def _use(self, *arguments: object) -> object:
+        self.used |= {n for n, made in enumerate(self._sums) if made in arguments}
         return object()
 
     def __getattr__(self, verb: str) -> Callable[..., object]:
-        return lambda *arguments: object()
+        return self._use

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from tpllm.config import ModelConfig
 from tpllm.engine.torch import quantized
 from tpllm.engine.torch.attention import attend, rotate_and_attend, rotation
-from tpllm.engine.torch.collectives import all_gather, all_reduce, all_reduce_add_norm, linear_all_reduce_add_norm
+from tpllm.engine.torch.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_add_norm,
+    linear_all_reduce_add_norm,
+    select_summed_rows,
+)
 from tpllm.engine.torch.merge import Survey, merged_name, survey
 from tpllm.engine.torch.private import linear
 from tpllm.mapping import Mapping
@@ -108,7 +114,8 @@ class TorchOps:
         self._adds = 0
         self._made: tuple[Tensor, Tensor, Tensor] | None = None  # the last plain product, of what and which weight
         self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
-        self._normed: tuple[Tensor, Tensor] | None = None  # the last sum that was normed in the same kernel, its norm
+        self._normed: tuple[Tensor, str, Tensor] | None = None  # the last sum normed in the same kernel, its norm
+        self._shared: Tensor | None = None  # the last sum of which this rank may have only some rows
         if self._fused:
             self.cos, self.sin = rotation(positions, self._get(INV_FREQ))
         else:
@@ -148,9 +155,9 @@ class TorchOps:
         return self.all_reduce(F.embedding(local.clamp(0, table.shape[0] - 1), table) * mine[:, None])
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
-        if self._normed and x is self._normed[0]:
-            return self._normed[1]
-        x32 = x.float()
+        if self._normed and x is self._normed[0] and name == self._normed[1]:
+            return self._normed[2]
+        x32 = self._whole(x).float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
         return x32.to(x.dtype) * self._get(name + ".weight")
 
@@ -213,19 +220,24 @@ class TorchOps:
         norm, exporting = self.program.survey.norms.get(self._adds), torch.compiler.is_exporting()
         self._adds += 1
         if norm is None or self._reduced is None or b is not self._reduced[0] or not exporting:
+            a = self._whole(a)
             if self._fused and exporting:
                 # The same sum, but none that Inductor makes part of the product before it, which would begin with a
                 # copy of the residual: here it becomes part of the norm behind it.
                 return (a.float() + b.float()).to(a.dtype)
             return a + b
         # The all-reduce alone is then used by nobody and dropped by the compiler, as is the product.
-        rest = (a, self._get(norm + ".weight"), self.config.norm_epsilon)
-        product = self._reduced[1]
+        weight, product = self._get(norm + ".weight"), self._reduced[1]
         if self._made and product is self._made[0]:
-            self._normed = linear_all_reduce_add_norm(self._made[1], self._made[2], *rest)
+            total, normed = linear_all_reduce_add_norm(*self._made[1:], a, weight, self.config.norm_epsilon)
+            self._shared = total
         else:
-            self._normed = all_reduce_add_norm(product, *rest)
-        return self._normed[0]
+            total, normed = all_reduce_add_norm(product, self._whole(a), weight, self.config.norm_epsilon)
+        self._normed = (total, norm, normed)
+        return total
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return select_summed_rows(x, None) if x is self._shared else x
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.tp_size == 1:
@@ -234,7 +246,9 @@ class TorchOps:
         return self._reduced[0]
 
     def select_rows(self, x: Tensor) -> Tensor:
-        return x if self.rows is None else x[self.rows]
+        if self.rows is None:
+            return x
+        return select_summed_rows(x, self.rows) if x is self._shared else x[self.rows]
 
     def vocab_logits(self, x: Tensor, name: str) -> Tensor:
         logits = self.linear(x, name).float()

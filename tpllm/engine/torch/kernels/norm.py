@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,27 +20,39 @@ def store_sum_and_norm(row, residual, norm, total, normed, at, columns, inside, 
     tl.store(total + at, result, mask=inside)
 
 
-@triton.jit
-def _add_norm(x, other, residual, norm, total, normed, N, epsilon, OTHER: tl.constexpr, BLOCK: tl.constexpr):
-    columns = tl.arange(0, BLOCK)
+class Shares(NamedTuple):
+    """The other ranks' addends: each one's begin at row `step * rank` of `rows`."""
+
+    rows: torch.Tensor
+    rank: int
+    ranks: int
+    step: int
+
+
+@triton.jit(do_not_specialize=["STEP"])
+def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
+              BLOCK: tl.constexpr):
+    columns, line = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
     inside = columns < N
-    at = tl.program_id(0).to(tl.int64) * N + columns
-    row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if OTHER:
-        row += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+    at = line * N + columns
+    row = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.static_range(RANKS):
+        addend = x + at if rank == RANK else others + (rank * STEP + line) * N + columns
+        row += tl.load(addend, mask=inside, other=0.0).to(tl.float32)
     store_sum_and_norm(row, residual, norm, total, normed, at, columns, inside, N, epsilon)
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float,
-             out: torch.Tensor | None = None, other: torch.Tensor | None = None) -> torch.Tensor:
+             out: torch.Tensor | None = None, shares: Shares | None = None) -> torch.Tensor:
     """`x + residual [rows, width]` and its norm times `norm [width]`, stacked; in `out` where it is given.
 
-    With `other [rows, width]` that of `x + other`, the same for `other + x`.
+    With `shares` x is one rank's addend of several.
     """
     out = x.new_empty((2, *x.shape)) if out is None else out
     total, normed = out.unbind(0)
+    others, rank, ranks, step = shares or (x, 0, 1, 0)
     block = triton.next_power_of_2(x.shape[1])
     _add_norm[(x.shape[0],)](
-        x, x if other is None else other, residual, norm, total, normed, x.shape[1], epsilon, OTHER=other is not None,
-        BLOCK=block, num_warps=max(4, min(16, block // 512)))
+        x, others, residual, norm, total, normed, x.shape[1], step, epsilon, RANK=rank, RANKS=ranks, BLOCK=block,
+        num_warps=max(4, min(16, block // 512)))
     return out
