@@ -50,8 +50,7 @@ class Communicator:
         self._exchanged: Exchanged | None = None
         if reaches_peers(world):
             self._make_direct()
-        self._paths = self._choose()
-        self._check_parts()
+        self._paths = self._choose() + self._choose_parts()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks; on every rank the same bits."""
@@ -152,31 +151,49 @@ class Communicator:
         return space.clone()
 
     def _choose(self) -> list[Path]:
-        """Check each way's sums and take the fastest at each size; all ranks take the same."""
+        """Check each way's sums and take the fastest at each size; all ranks take the same.
+
+        It must be clearly faster than those before it in `PATHS`, so that hardly a launch takes another than the last
+        one did: sums of 16-bit floats are rounded differently.
+        """
         forced = forced_path()
         if forced != "auto" and forced not in self._ways:
             raise PreflightError(f"TPLLM_ALL_REDUCE={forced}, which these ranks' GPUs do not have for {self.dtype}; "
                                  f"they have {', '.join(self._ways)}")
         found = []
         for rows in ROW_COUNTS:
-            names = [name for name in self._ways if forced in ("auto", name)
+            names = [name for name in PATHS if name in self._ways and forced in ("auto", name)
                      and (name != "push" or rows <= self._buffers.rows)]
             took = {name: max(self.world.allgather(self._measure(name, rows))) for name in names or ["nccl"]}
-            best = min(took, key=lambda name: took[name])
+            best = clearly_fastest(took)
             found.append(Path(rows, best, round(took[best] * 1e6, 1)))
         return found
 
-    def _check_parts(self) -> None:
-        """One product in parts, and another behind it."""
-        rows = 2 * PART_ROWS
-        x, weight = (torch.full((n, 16), value, dtype=self.dtype, device=self.device)
-                     for n, value in ((rows, self.world.rank + 1.0), (self.width, 0.125)))
-        residual = x.new_zeros((rows, self.width))
-        for _ in range(2):
-            total, normed = self.linear_all_reduce_add_norm(x, weight, residual, x.new_ones(self.width), 0.0)
-            expected = 2 * sum(range(1, self.world.size + 1))
-            if not bool((self.select_rows(total, None) == expected).all() and ((normed - 1).abs() < 0.01).all()):
-                raise RankError("the GPUs' sums of a product in parts are wrong; `tpllm doctor` looks further")
+    def _choose_parts(self) -> list[Path]:
+        """Check and time a full step's product in parts; copy engines are kept where they are clearly faster."""
+        if self._most < 2 * PART_ROWS:
+            return []
+        ways: dict[str, Parts] = {"nccl": Reduced()}
+        if self._exchanged:
+            ways["exchange"] = self._exchanged
+        took = {name: max(self.world.allgather(self._measure_parts(parts))) for name, parts in ways.items()}
+        best = clearly_fastest(took) if forced_path() == "auto" else [*ways][-1]
+        if best == "nccl":
+            self._exchanged = None
+        return [Path(self._most, best, round(took[best] * 1e6, 1))]
+
+    def _measure_parts(self, parts: Parts) -> float:
+        """Median seconds of a product as attention's, its sum and norm in a CUDA graph, its value checked."""
+        inner, ranks = max(1, self.width // self.world.size), self.world.size
+        x, weight = (torch.full((rows, inner), value, dtype=self.dtype, device=self.device)
+                     for rows, value in ((self._most, self.world.rank + 1.0), (self.width, 1.0 / inner)))
+        residual, norm = x.new_zeros((self._most, self.width)), x.new_ones(self.width)
+        total, normed = parts.linear_add_norm(x, weight, residual, norm, 0.0)
+        mine = Split.of(self._most, ranks).rank_of(torch.arange(self._most, device=self.device)) == self.world.rank
+        sums = total[mine] / (ranks * (ranks + 1) / 2)
+        if not bool(((sums - 1).abs() < 0.01).all() and ((normed - 1).abs() < 0.01).all()):
+            raise RankError("the GPUs' sums of a product in parts are wrong; `tpllm doctor` looks further")
+        return graph_seconds(lambda: parts.linear_add_norm(x, weight, residual, norm, 0.0), REPEATS, ready=dist.barrier)
 
     def _measure(self, name: str, rows: int) -> float:
         """Median seconds of one sum of that many rows in a CUDA graph, its value checked."""
@@ -191,6 +208,15 @@ class Communicator:
                 way(x)
 
         return graph_seconds(sums, REPEATS, ready=dist.barrier) / PER_GRAPH
+
+
+def clearly_fastest(took: dict[str, float]) -> str:
+    """The first whose seconds none behind it undercuts by a tenth."""
+    best, *others = took
+    for name in others:
+        if took[name] < 0.9 * took[best]:
+            best = name
+    return best
 
 
 def forced_path() -> str:
