@@ -1,8 +1,8 @@
 """Runs under mpirun: a list of jobs on every rank, so that all cases of one rank count share a start.
 
 `mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
-"prompts": […], "out": file}`, `{"in parts": engine_dir}`, `{"hosts": N}`: the ranks then look to NCCL like N hosts, or
-`{"part rows": N}`: products of twice as many rows are then summed in parts.
+"prompts": […], "out": file}`, `{"in parts": engine_dir}`, `{"hosts": N}`: the ranks then look to NCCL like N hosts,
+`{"part rows": N}`: products of twice as many rows are then summed in parts, or `{"share": true}`: they have one GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sharing import share
 
 from tpllm import ModelRunner
 from tpllm.cli import main
@@ -93,6 +94,8 @@ def run_job(job: dict[str, Any], world: World) -> None:
             raise RuntimeError(f"exit code {code}: {job['tpllm']}")
     elif "hosts" in job:
         os.environ["NCCL_HOSTID"] = f"host{world.rank * job['hosts'] // world.size}"
+    elif "share" in job:
+        share(world)
     elif "part rows" in job:
         for module in (communicator_module, exchange):
             module.PART_ROWS = job["part rows"]

@@ -1,4 +1,8 @@
-"""Engines over several GPUs of one machine: logits, and the same answers whatever way their all-reduces take."""
+"""Engines over several GPUs of one machine: logits, and the same answers whatever way their all-reduces take.
+
+On a machine with one GPU the ranks share it: then without NCCL, which would go through sockets, and without what ranks
+have of a launch of their own. `TPLLM_TEST_SHARED=1` has them share one of several.
+"""
 
 import json
 import os
@@ -22,13 +26,20 @@ from test_gpu import GROUPS, HEAD64, HEAD128, TOLERANCE
 
 from tpllm.cli import main
 
-RANKS = [n for n in (2, 4) if n <= torch.cuda.device_count()]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RANKS, reason="fewer than two CUDA devices here")]
+GPUS = torch.cuda.device_count()
+SHARED = GPUS == 1 or (GPUS > 1 and os.environ.get("TPLLM_TEST_SHARED") == "1")
+RANKS = [n for n in (2, 4) if n <= GPUS or SHARED]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RANKS, reason="no CUDA device here")]
+own_gpus = pytest.mark.skipif(SHARED, reason="the ranks share a GPU here")
 
 ENGINES = [("eager", HEAD64, "float32"), ("eager", LLAMA31_GQA, "bfloat16"), ("inductor", HEAD64, "float32"),
            ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16")]
 IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
-WAYS = {"auto": {}, "in parts": {}, "push": {}, "two-shot": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
+WAYS: dict[str, dict[str, str]] = {"in parts": {}, "push": {}, "two-shot": {}}
+if not SHARED:
+    WAYS |= {"auto": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
+BESIDE = "push" if SHARED else "nccl"  # whose answers others are compared with
+SHARE: list[dict[str, Any]] = [{"share": True}] if SHARED else []
 FIRST: dict[str, list[dict[str, Any]]] = {"two hosts": [{"hosts": 2}], "in parts": [{"part rows": 50}]}
 CASES = [(way, case) for way in WAYS for case, (_, _, dtype) in enumerate(ENGINES)
          if way != "two-shot" or dtype != "float16"]  # which PyTorch's kernel does not sum
@@ -65,7 +76,7 @@ def build(made: Made) -> None:
     def build_one(i: int) -> None:
         command = ["build", "--checkpoint-dir", str(made.root / f"checkpoint{i}"), "--output-dir", str(made.engine(i)),
                    "--backend", ENGINES[i][0], "--device", "cuda", "--max-batch-size", "6", "--max-seq-len", "300"]
-        run_jobs(made.ranks, [{"tpllm": command}], made.root / f"meta{i}", 500)
+        run_jobs(made.ranks, [*SHARE, {"tpllm": command}], made.root / f"meta{i}", 500)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(build_one, range(len(ENGINES))))
@@ -77,7 +88,7 @@ def ran(made: Made, way: str) -> Path:
     build(made)
     out = made.root / way.replace(" ", "-")
     out.mkdir()
-    jobs = [*FIRST.get(way, []), {"in parts": str(made.engine(3))}]
+    jobs = [*SHARE, *FIRST.get(way, []), {"in parts": str(made.engine(3))}]
     for i, (_, shape, _) in enumerate(ENGINES):
         if (way, i) not in CASES:
             continue
@@ -119,20 +130,22 @@ def test_logits(way: str, case: int, made: Made) -> None:
 
 @pytest.mark.parametrize(("way", "case"), CASES, ids=[f"{way}-{IDS[case]}" for way, case in CASES])
 def test_greedy_answers(way: str, case: int, made: Made) -> None:
-    """In float32 those of the reference; in 16 bits the same twice, and but for near ties those of NCCL."""
+    """In float32 those of the reference; in 16 bits the same twice, and but for near ties those of another way."""
     found = tokens(made, way, case)
     assert tokens(made, way, case, "second") == found
     oracle, exact = reference(made, case), ENGINES[case][2] == "float32"
-    for ids, answer, of_nccl in zip(made.prompts(ENGINES[case][1]), found, tokens(made, "nccl", case), strict=True):
+    beside = tokens(made, BESIDE, case)
+    for ids, answer, other in zip(made.prompts(ENGINES[case][1]), found, beside, strict=True):
         if exact:
             assert answer == [token for token, _ in oracle.greedy_with_gaps(ids, 20)]
-        elif answer != of_nccl:
-            place = next(i for i, (a, b) in enumerate(zip(answer, of_nccl, strict=True)) if a != b)
+        elif answer != other:
+            place = next(i for i, (a, b) in enumerate(zip(answer, other, strict=True)) if a != b)
             best = oracle.logits(ids + answer[:place])[-1]
-            gap = (best[answer[place]] - best[of_nccl[place]]).abs() / best.norm()
+            gap = (best[answer[place]] - best[other[place]]).abs() / best.norm()
             assert gap < TOLERANCE[ENGINES[case][2]], (place, gap)
 
 
+@own_gpus
 def test_other_hosts_are_not_reached_through_memory(made: Made) -> None:
     bench = ["bench", "--model", "tiny", "--device", "cuda", "--batch-sizes", "1", "--input-len", "8", "--output-len",
              "8", "--repeats", "1", "--backend", "eager"]
@@ -147,6 +160,7 @@ def test_other_hosts_are_not_reached_through_memory(made: Made) -> None:
         assert decode[0]["all_reduce"]["path"] in expected
 
 
+@own_gpus
 def test_a_killed_rank_ends_the_job_and_leaves_nothing_on_the_gpus(made: Made) -> None:
     build(made)
     ids = made.root / "long.csv"
