@@ -15,8 +15,8 @@ from tpllm import bench, nvml
 from tpllm.answer import TokenEvent
 from tpllm.bench import Load
 from tpllm.cli import main
-from tpllm.devices import Device, Place
-from tpllm.distributed import World
+from tpllm.devices import Device
+from tpllm.distributed import Place, World
 from tpllm.errors import DataError, UsageError
 from tpllm.records import append_record, read_records
 

@@ -6,12 +6,10 @@ import functools
 import uuid
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tpllm.distributed import Place, World
 from tpllm.errors import PreflightError
-
-if TYPE_CHECKING:
-    from tpllm.distributed import World
 
 ONE_VISIBLE = ("each rank sees one GPU only, which takes peer access away: with Slurm, use --gpus-per-node in place of "
                "--gpus-per-task")
@@ -27,17 +25,6 @@ class Device:
     uuid: str
     memory: int
     peers: tuple[int, ...]
-    numa: int | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank is; on CPU without the GPU's number in that process, its UUID and its NUMA node."""
-
-    rank: int
-    host: str
-    gpu: int | None = None
-    uuid: str | None = None
     numa: int | None = None
 
 

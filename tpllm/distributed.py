@@ -14,9 +14,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from tpllm.devices import Place
 from tpllm.errors import MismatchError, OutOfMemory, RankError, TimeOutError, TpllmError
 from tpllm.heartbeat import Failure, Heartbeat
 from tpllm.launched import check_world, launched_by, name_failure, oom_kills
@@ -36,6 +36,17 @@ class SharedError(TpllmError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is; on CPU without the GPU's number in that process, its UUID and its NUMA node."""
+
+    rank: int
+    host: str
+    gpu: int | None = None
+    uuid: str | None = None
+    numa: int | None = None
 
 
 class World:

@@ -128,7 +128,8 @@ class Communicator:
         return out
 
     def _make_direct(self) -> None:
-        from tpllm.engine.torch.kernels.push import SETS, make_buffers, push_all_reduce
+        from tpllm.engine.torch.kernels.peers import SETS, make_buffers
+        from tpllm.engine.torch.kernels.push import push_all_reduce
 
         row = self.width * self.dtype.itemsize
         rows = max(1, PUSH_BYTES // row)

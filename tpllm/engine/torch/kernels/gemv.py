@@ -7,15 +7,14 @@ reads its first weights, while the one before it still runs, and waits for it on
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-if TYPE_CHECKING:
-    from tpllm.engine.torch.kernels.push import Buffers
+from tpllm.engine.torch.kernels.peers import Buffers, send
 
 FEW_PROGRAMS = 4096  # below these each has more warps: enough loads must be under way
 NUMBERS = 8  # of each row in a program's tile, for each of its threads
@@ -48,19 +47,6 @@ def _finish(result, gate, squares, residual, out, place, mask, K, epsilon, NORM:
     result = result.to(out.dtype.element_ty)
     tl.store(out + place, result, mask=mask)
     return result
-
-
-@triton.jit
-def send(values, at, inside, addresses, round, N, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr):
-    """Values into every peer's buffer (`push.py`), `at` elements behind where this rank's begin in a round."""
-    bits: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
-    empty: tl.constexpr = -(1 << (values.dtype.primitive_bitwidth - 1))  # the sign alone
-    sent = values.to(bits, bitcast=True)
-    sent = tl.where(sent == empty, 0, sent)
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            there = tl.load(addresses + peer).to(tl.pointer_type(bits))
-            tl.store(there + (round % 3 * RANKS + RANK) * ROWS * N + at, sent, mask=inside, cache_modifier=".wt")
 
 
 @triton.jit

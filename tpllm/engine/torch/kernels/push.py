@@ -1,37 +1,19 @@
 """All-reduce of a few rows over peer memory, with the residual and the norm that follow it, in one kernel.
 
-Every rank writes its rows straight into each peer's buffer and waits until theirs have come into its own. An element
-says by itself that it has come: an empty place holds -0.0, which nobody sends. So one trip over the links is all.
-Three sets of places take turns. A rank that writes into one has seen its peer begin the round before, in which
-that peer has done with the set before that and empties it again.
+Every rank writes its rows straight into each peer's buffer (`peers.py`) and waits until theirs have come into its own,
+so one trip over the links is all.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import launches_early, send
+from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.norm import store_sum_and_norm
-
-SETS = 3
-
-
-class Buffers(NamedTuple):
-    """One rank's places `[SETS, ranks, rows, width]`, where all ranks' are, and how often each row was used."""
-
-    places: torch.Tensor  # keeps the memory alive
-    addresses: torch.Tensor  # int64 [ranks]
-    rounds: torch.Tensor  # int32 [rows]
-    rank: int
-
-    @property
-    def rows(self) -> int:
-        return self.places.shape[2]
+from tpllm.engine.torch.kernels.peers import Buffers, send
 
 
 @triton.jit
@@ -70,14 +52,6 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK:
         store_sum_and_norm(result, residual, norm, total, normed, at, columns, inside, N, epsilon)
     else:
         tl.store(total + at, result, mask=inside)
-
-
-def make_buffers(places: torch.Tensor, addresses: list[int], rank: int) -> Buffers:
-    """Of a rank's `places`, symmetric memory; the caller lets the ranks meet before the first use."""
-    places.fill_(-0.0)
-    device = places.device
-    return Buffers(places, torch.tensor(addresses, dtype=torch.int64, device=device),
-                   torch.zeros(places.shape[2], dtype=torch.int32, device=device), rank)
 
 
 def push_all_reduce(x: torch.Tensor, buffers: Buffers) -> torch.Tensor:
