@@ -11,7 +11,10 @@ from tpllm.models.base import Model
 
 @dataclass(frozen=True)
 class Survey:
-    """`groups`: the names given to each `linears`, in order. `norms`: what the sum of the n-th `add` is normed by."""
+    """`groups`: the names given to each `linears`, in order. `norms`: what the sum of the n-th `add` is normed by.
+
+    Sums that are used otherwise, but by another `add` or `select_rows`, are left out.
+    """
 
     groups: list[tuple[str, ...]] = field(default_factory=list)
     norms: dict[int, str] = field(default_factory=dict)

@@ -115,7 +115,7 @@ class TorchOps:
         self._made: tuple[Tensor, Tensor, Tensor] | None = None  # the last plain product, of what and which weight
         self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
         self._normed: tuple[Tensor, str, Tensor] | None = None  # the last sum normed in the same kernel, its norm
-        self._shared: Tensor | None = None  # the last sum of which this rank may have only some rows
+        self._shared: list[Tensor] = []  # sums of which this rank may have only some rows
         if self._fused:
             self.cos, self.sin = rotation(positions, self._get(INV_FREQ))
         else:
@@ -220,7 +220,7 @@ class TorchOps:
         norm, exporting = self.program.survey.norms.get(self._adds), torch.compiler.is_exporting()
         self._adds += 1
         if norm is None or self._reduced is None or b is not self._reduced[0] or not exporting:
-            a = self._whole(a)
+            a, b = self._whole(a), self._whole(b)
             if self._fused and exporting:
                 # The same sum, but none that Inductor makes part of the product before it, which would begin with a
                 # copy of the residual: here it becomes part of the norm behind it.
@@ -230,14 +230,17 @@ class TorchOps:
         weight, product = self._get(norm + ".weight"), self._reduced[1]
         if self._made and product is self._made[0]:
             total, normed = linear_all_reduce_add_norm(*self._made[1:], a, weight, self.config.norm_epsilon)
-            self._shared = total
+            self._shared.append(total)
         else:
             total, normed = all_reduce_add_norm(product, self._whole(a), weight, self.config.norm_epsilon)
         self._normed = (total, norm, normed)
         return total
 
+    def _is_shared(self, x: Tensor) -> bool:
+        return any(x is total for total in self._shared)
+
     def _whole(self, x: Tensor) -> Tensor:
-        return select_summed_rows(x, None) if x is self._shared else x
+        return select_summed_rows(x, None) if self._is_shared(x) else x
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.tp_size == 1:
@@ -248,7 +251,7 @@ class TorchOps:
     def select_rows(self, x: Tensor) -> Tensor:
         if self.rows is None:
             return x
-        return select_summed_rows(x, self.rows) if x is self._shared else x[self.rows]
+        return select_summed_rows(x, self.rows) if self._is_shared(x) else x[self.rows]
 
     def vocab_logits(self, x: Tensor, name: str) -> Tensor:
         logits = self.linear(x, name).float()
