@@ -21,7 +21,6 @@ from tpllm import ModelRunner
 from tpllm.cli import main
 from tpllm.distributed import World
 from tpllm.engine.base import StepInput
-from tpllm.engine.torch import communicator as communicator_module
 from tpllm.engine.torch import exchange
 from tpllm.engine.torch.collectives import communicator
 
@@ -97,8 +96,7 @@ def run_job(job: dict[str, Any], world: World) -> None:
     elif "share" in job:
         share(world)
     elif "part rows" in job:
-        for module in (communicator_module, exchange):
-            module.PART_ROWS = job["part rows"]
+        exchange.PART_ROWS = job["part rows"]
     elif "in parts" in job:
         ModelRunner.from_dir(job["in parts"], world=world)
         check_in_parts(world)

@@ -71,8 +71,7 @@ def group() -> Iterator[None]:
 @pytest.mark.parametrize("rows", [8, 11, 17])
 def test_a_product_that_is_summed_in_parts(rows: int, kernels: Any, group: None,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (communicator, exchange):
-        monkeypatch.setattr(module, "PART_ROWS", 4)
+    monkeypatch.setattr(exchange, "PART_ROWS", 4)
     alone: communicator.Communicator = object.__new__(communicator.Communicator)
     alone._exchanged = None
     torch.manual_seed(rows)

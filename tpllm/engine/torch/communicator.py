@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
-from tpllm.engine.torch.exchange import PART_ROWS, Exchanged, Parts, Reduced, Split
+from tpllm.engine.torch.exchange import Exchanged, Parts, Reduced, Split, in_parts
 from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
 from tpllm.errors import PreflightError, RankError
@@ -50,7 +50,9 @@ class Communicator:
         self._exchanged: Exchanged | None = None
         if reaches_peers(world):
             self._make_direct()
-        self._paths = self._choose() + self._choose_parts()
+        self._paths = self._choose()
+        if in_parts(most):
+            self._choose_parts()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks; on every rank the same bits."""
@@ -74,18 +76,17 @@ class Communicator:
         Of the sum, not of its norm, a rank may then have only a share of the rows: the same of as many rows, so that
         the sum may be `residual` of the next call as it is. `select_rows` has whole ones.
         """
-        rows = x.shape[0]
-        if rows == 1:
+        if x.shape[0] == 1:
             return self._row_all_reduce_add_norm(x, weight, residual, norm, epsilon)
-        if rows < 2 * PART_ROWS:
-            return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
-        return self._parts(rows).linear_add_norm(x, weight, residual, norm, epsilon)
+        if parts := self._parts(x.shape[0]):
+            return parts.linear_add_norm(x, weight, residual, norm, epsilon)
+        return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
 
     def select_rows(self, total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """These rows, or all, of a sum that `linear_all_reduce_add_norm` made."""
         rows = torch.arange(total.shape[0], device=total.device) if rows is None else rows
         found = total[rows]
-        if total.shape[0] < 2 * PART_ROWS or not isinstance(self._parts(total.shape[0]), Exchanged):
+        if not isinstance(self._parts(total.shape[0]), Exchanged):
             return found
         mine = Split.of(total.shape[0], self.world.size).rank_of(rows) == self.world.rank
         return self.all_reduce(torch.where(mine[:, None], found, 0))
@@ -93,13 +94,13 @@ class Communicator:
     def _row_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
                                  norm: torch.Tensor, epsilon: float) -> torch.Tensor:
         from tpllm.engine.torch.kernels.gemv import gemv
-
-        if self._name(residual) != "push":
-            return self.all_reduce_add_norm(gemv(x, weight, None, epsilon, None, False), residual, norm, epsilon)
         from tpllm.engine.torch.kernels.push import push_all_reduce_add_norm
 
-        product = gemv(x, weight, None, epsilon, None, False, self._buffers)
-        return push_all_reduce_add_norm(product, residual, norm, epsilon, self._buffers, sent=True)
+        peers = self._buffers if self._name(residual) == "push" else None
+        product = gemv(x, weight, None, epsilon, None, False, peers)
+        if peers is None:
+            return self.all_reduce_add_norm(product, residual, norm, epsilon)
+        return push_all_reduce_add_norm(product, residual, norm, epsilon, peers, sent=True)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x`: `[ranks, …]`."""
@@ -115,7 +116,9 @@ class Communicator:
         """What answers messages of that many rows."""
         return next((path for path in self._paths if rows <= path.rows), self._paths[-1])
 
-    def _parts(self, rows: int) -> Parts:
+    def _parts(self, rows: int) -> Parts | None:
+        if not in_parts(rows):
+            return None
         return self._exchanged if self._exchanged and rows <= self._exchanged.rows else Reduced()
 
     def _name(self, x: torch.Tensor) -> str:
@@ -136,7 +139,7 @@ class Communicator:
         places, peers = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
         self._buffers = make_buffers(places, peers.addresses, self.world.rank)
         self._large, _ = symmetric_memory((ROW_COUNTS[-1], self.width), self.dtype, self.device)
-        if self._most >= 2 * PART_ROWS and forced_path() != "nccl":
+        if in_parts(self._most) and forced_path() != "nccl":
             self._exchanged = Exchanged(self.world.rank, self.world.size, self._most, self.width, self.dtype,
                                         self.device)
         torch.cuda.synchronize(self.device)
@@ -170,18 +173,14 @@ class Communicator:
             found.append(Path(rows, best, round(took[best] * 1e6, 1)))
         return found
 
-    def _choose_parts(self) -> list[Path]:
+    def _choose_parts(self) -> None:
         """Check and time a full step's product in parts; copy engines are kept where they are clearly faster."""
-        if self._most < 2 * PART_ROWS:
-            return []
         ways: dict[str, Parts] = {"nccl": Reduced()}
         if self._exchanged:
             ways["exchange"] = self._exchanged
         took = {name: max(self.world.allgather(self._measure_parts(parts))) for name, parts in ways.items()}
-        best = clearly_fastest(took) if forced_path() == "auto" else [*ways][-1]
-        if best == "nccl":
+        if forced_path() == "auto" and clearly_fastest(took) == "nccl":
             self._exchanged = None
-        return [Path(self._most, best, round(took[best] * 1e6, 1))]
 
     def _measure_parts(self, parts: Parts) -> float:
         """Median seconds of a product as attention's, its sum and norm in a CUDA graph, its value checked."""
@@ -212,7 +211,7 @@ class Communicator:
 
 
 def clearly_fastest(took: dict[str, float]) -> str:
-    """The first whose seconds none behind it undercuts by a tenth."""
+    """The first, or one behind it that takes less than nine tenths of the best one's seconds so far."""
     best, *others = took
     for name in others:
         if took[name] < 0.9 * took[best]:

@@ -18,6 +18,11 @@ PART_ROWS = 2048  # of a part, at least
 MAX_PARTS = 8  # each has signals of its own, for which peers' memory has little room
 
 
+def in_parts(rows: int) -> bool:
+    """Whether a product of so many rows is summed part by part."""
+    return rows >= 2 * PART_ROWS
+
+
 class Parts(Protocol):
     """All ranks call it with as many rows at the same time."""
 
