@@ -158,6 +158,7 @@ def test_other_hosts_are_not_reached_through_memory(made: Made) -> None:
                                                 str(records)]}], out, 300)  # fmt: skip
         decode = [r for r in map(json.loads, records.read_text().splitlines()) if r["kind"] == "decode"]
         assert decode[0]["all_reduce"]["path"] in expected
+        assert decode[0]["sums_in_parts"] in ({"nccl"} if jobs else {"nccl", "exchange"})
 
 
 @own_gpus

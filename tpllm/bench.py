@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tpllm.answer import Job, TokenEvent
+from tpllm.ceilings import parts_path
 from tpllm.config import ModelConfig
 from tpllm.distributed import World
 from tpllm.engine import find_backend
@@ -293,7 +294,7 @@ def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, An
             "peak_memory_bytes": max(world.allgather(peak)), "hosts": len(set(world.allgather(world.host))),
             "ranks_per_host": max(world.allgather(world.local_size)), "threads_per_rank": torch.get_num_threads(),
             "cores_per_host": len(os.sched_getaffinity(0)), "cpu_pressure": cpu_pressure(),
-            "clocks": clocks(world), "topology": topology(world),
+            "clocks": clocks(world), "topology": topology(world), "sums_in_parts": parts_path(),
             "versions": config.versions, "commit": commit(), "command": shlex.join(["tpllm", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 

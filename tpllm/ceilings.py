@@ -79,6 +79,14 @@ def all_reduce_path(runner: ModelRunner, batch: int) -> tuple[str, float]:
     return "mpi", statistics.median(seconds[20:])
 
 
+def parts_path() -> str | None:
+    """Which way the sums of long steps of prompts go, where an engine makes them in parts."""
+    from tpllm.engine.torch import collectives
+
+    gpus = collectives.communicator()
+    return gpus.parts_path if gpus is not None else None
+
+
 def explain(record: dict[str, Any], runner: ModelRunner, ceilings: Ceilings) -> dict[str, Any]:
     """A `decode` record with where its time goes: bytes read as a share of the ceiling, and all-reduces. Collective."""
     config, world = runner.engine.config, runner.world

@@ -116,6 +116,11 @@ class Communicator:
         """What answers messages of that many rows."""
         return next((path for path in self._paths if rows <= path.rows), self._paths[-1])
 
+    @property
+    def parts_path(self) -> str | None:
+        """What sums the products of the longest steps part by part; None where no step is long enough."""
+        return ("exchange" if self._exchanged else "nccl") if in_parts(self._most) else None
+
     def _parts(self, rows: int) -> Parts | None:
         if not in_parts(rows):
             return None
