@@ -16,6 +16,7 @@ from torch import Tensor
 from tpllm.cli import main
 from tpllm.distributed import World
 from tpllm.engine.base import StepInput
+from tpllm.engine.torch.cuda import Capture
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
 
@@ -144,6 +145,19 @@ def test_only_the_wanted_rows(loaded: Loaded) -> None:
         logits = loaded.runner.engine.step(StepInput(*arrays))
         assert logits.shape == (len(rows), loaded.reference.params.vocab_size)
         torch.testing.assert_close(logits, whole[rows], rtol=0, atol=0.05)
+
+
+def test_graphs_share_the_memory_of_their_logits() -> None:
+    size, capture = 32 << 20, Capture()
+    given = torch.zeros(1024, size // 4096, device="cuda")
+    before = torch.cuda.memory_reserved()
+    graphs = [capture(lambda n=n: (given + n)[:, :5000]) for n in range(20)]  # type: ignore[misc]
+    assert torch.cuda.memory_reserved() - before <= 4 * size
+    given += 100
+    for n in random.Random(0).sample(range(20), 20):
+        graphs[n].logits.fill_(float("nan"))
+        graphs[n].replay()
+        assert graphs[n].logits.shape == (1024, 5000) and (graphs[n].logits == 100 + n).all()
 
 
 def test_greedy_answers_are_the_references(load: Load) -> None:

@@ -54,8 +54,17 @@ def unpack(packed: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     return [packed[end - aligned(length):][:length] for end, length in zip(ends, lengths, strict=True)]
 
 
+class Lent:
+    """Where a tensor lies on a GPU, without keeping its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3, "shape": tuple(tensor.shape), "data": (tensor.data_ptr(), False),
+            "typestr": f"<f{tensor.itemsize}", "strides": tuple(stride * tensor.itemsize for stride in tensor.stride())}
+
+
 class Captured(NamedTuple):
-    """What runs a graph's kernels again, and where they leave their logits `[rows, vocab]`."""
+    """What runs a graph's kernels again, and where they leave their logits `[rows, vocab]` until another one runs."""
 
     replay: Callable[[], None]
     logits: torch.Tensor
@@ -71,7 +80,8 @@ class Capture:
         run()
         torch.cuda.synchronize()
         graph, logits = make_graph(run, self._pool)
-        return Captured(graph.replay, logits)
+        # Nobody owns the logits: those of all graphs together would be gigabytes, so the next graph may use the place.
+        return Captured(graph.replay, torch.as_tensor(Lent(logits), device=logits.device))
 
 
 class CudaEngine(Engine):
