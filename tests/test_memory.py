@@ -1,11 +1,20 @@
 """What a rank takes of a GPU, foreseen: against the published sizes, and advice that works when it is followed."""
 
+import gc
+import weakref
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from makers import LLAMA31_GQA, make_meta_dir
 
 from tpllm.bench import named_config
+from tpllm.cli import main
 from tpllm.engine.base import BuildConfig, EngineConfig
+from tpllm.engine.torch import inductor
+from tpllm.engine.torch.base import PreparedRank, prepare_rank
 from tpllm.engine.torch.memory import SPARE_ROWS, Plan, plan_memory
 from tpllm.errors import OutOfMemory, UsageError
 from tpllm.mapping import Mapping
@@ -77,3 +86,22 @@ def test_logits_of_a_step_have_a_row_of_each_sequence() -> None:
     assert BuildConfig(device="cuda", max_batch_size=512).step_rows == 2048
     assert BuildConfig(device="cuda", max_batch_size=3000).step_rows == 3000
     assert BuildConfig(device="cpu", max_num_tokens=100).step_rows == 100
+
+
+def test_a_build_keeps_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same process may load the engine: `tpllm bench` does."""
+    weights: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*args: Any) -> PreparedRank:
+        rank = prepare_rank(*args)
+        weights.extend(weakref.ref(weight) for weight in rank.program.parameters())
+        assert all(weight.numel() for weight in rank.program.parameters())
+        return rank
+
+    monkeypatch.setattr(inductor, "prepare_rank", watched)
+    meta, checkpoint = make_meta_dir(tmp_path / "meta", LLAMA31_GQA), tmp_path / "checkpoint"
+    assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(checkpoint)]) == 0
+    assert main(["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(tmp_path / "engine"),
+                 "--backend", "inductor"]) == 0  # fmt: skip
+    gc.collect()
+    assert weights and not [weight for kept in weights if (weight := kept()) is not None and weight.numel()]

@@ -87,6 +87,9 @@ class InductorBackend(Backend):
 
             world.together("compile", compile_graphs)
             world.together("compile", copy_compiled)
+            # PyTorch never forgets what it has exported, and this process may go on to load the engine.
+            for parameter in rank.program.parameters():
+                parameter.data = parameter.new_empty(0)
 
     def load(self, directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
              world: World) -> Engine:
