@@ -19,12 +19,14 @@ from tpllm.engine.torch.memory import SPARE_ROWS
 
 Ints = NDArray[np.int32]
 ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples of 64 bytes
+# Where cuBLAS has tiles that fit: on an H200 products of 432 rows take 9 to 32 % less time than those of 448.
+SIZES_OF_TILES = (160, 176, 208, 256, 304, 368, 432)
 PROMPT_SIZES = (16, 32, 64, *range(128, 1024, 128), *range(1024, 2049, SPARE_ROWS))
 
 
 def batch_sizes(largest: int) -> list[int]:
     """The batch sizes that get a graph, the last one `largest`; a batch is padded to the next of them."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, largest, 64)]
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 160, 32), *SIZES_OF_TILES, *range(512, largest, 64)]
     return [size for size in sizes if size < largest] + [largest]
 
 
