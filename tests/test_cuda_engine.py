@@ -6,6 +6,7 @@ Its programs compute on the CPU here, and a graph is a function that is called a
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,13 @@ def test_prompts_have_graphs_as_large_as_they_need_and_padding_has_rows() -> Non
         for count in range(1, longest + 1):
             assert min(size for size in sizes if size >= count) - count <= cuda.SPARE_ROWS
     assert cuda.prompt_sizes(9000) == list(cuda.PROMPT_SIZES)
+
+
+def test_batches_of_every_size_have_a_graph_little_larger() -> None:
+    for largest in range(1, 1100):
+        sizes = cuda.batch_sizes(largest)
+        assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
+        assert all(after - before <= 80 for before, after in pairwise(sizes))
 
 
 @pytest.mark.parametrize("lengths", [[1], [16, 0, 17], [3, 40, 2, 1]])
