@@ -87,7 +87,7 @@ class InductorBackend(Backend):
 
             world.together("compile", compile_graphs)
             world.together("compile", copy_compiled)
-            # PyTorch never forgets what it has exported, and this process may go on to load the engine.
+            # PyTorch (2.11, 2.13) keeps what it has exported for good, and this process may go on to load the engine.
             for parameter in rank.program.parameters():
                 parameter.data = parameter.new_empty(0)
 
