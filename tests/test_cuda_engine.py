@@ -4,10 +4,12 @@ Its programs compute on the CPU here, and a graph is a function that is called a
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,13 @@ from reference import Reference
 from torch import Tensor
 
 from tpllm.checkpoint.rank import RankCheckpoint
-from tpllm.engine.base import StepInput
-from tpllm.engine.torch import cuda
+from tpllm.config import ModelConfig
+from tpllm.engine.base import BuildConfig, EngineConfig, StepInput
+from tpllm.engine.torch import cuda, program
+from tpllm.engine.torch.base import export_decode, export_step
 from tpllm.engine.torch.graphs import make_graph
-from tpllm.engine.torch.program import StepProgram
+from tpllm.engine.torch.merge import survey
+from tpllm.engine.torch.program import StepProgram, TorchOps
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
@@ -187,3 +192,31 @@ def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool, monkeypatc
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if was else gc.disable)()
+
+
+LAYERS = 3
+ONE_RANK = {"rotation": 1, "rotate_and_attend": LAYERS}
+RANKS = ONE_RANK | {"linear_all_reduce_add_norm": 2 * LAYERS, "all_gather": 1}
+
+
+@pytest.mark.parametrize(("tp_size", "export", "kernels"), [
+    (1, export_step, ONE_RANK | {"linear": 4 * LAYERS + 1}),
+    (1, export_decode, ONE_RANK | {"gemv": 4 * LAYERS + 1}),
+    # Each rank may have only some rows of the last sum but one, of which the last layer wants a few.
+    (4, export_step, RANKS | {"linear": 2 * LAYERS + 1, "select_summed_rows": 1}),
+    (4, export_decode, RANKS | {"gemv": 2 * LAYERS + 1}),
+])  # fmt: skip
+def test_graphs_for_gpus_are_of_the_kernels_meant_for_them(tp_size: int, export: Any, kernels: dict[str, int],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported on a CPU, which is all that a graph needs."""
+    monkeypatch.setattr(TorchOps, "_fused", True)
+    monkeypatch.setattr(TorchOps, "_streams", False)
+    shape = ModelConfig("LlamaForCausalLM", "bfloat16", 96, 64, LAYERS, 8, 4, 8, 128, 1e-5, 1e4, 256)
+    model = find_model(shape.architecture)(shape)
+    monkeypatch.setattr(program, "Survey", lambda: survey(model))  # what it takes for GPUs only
+    config = EngineConfig(shape, BuildConfig("inductor", "cuda", 8, 32, 64), tp_size, "", {})
+    options = {"single": False} if export is export_step else {}
+    graph = export(StepProgram(model, Mapping(tp_size, tp_size - 1), CPU), config, **options).graph
+    operators = Counter(str(node.target).split(".")[1] for node in graph.nodes
+                        if str(node.target).startswith("tpllm.") or node.target is torch.ops.aten.linear.default)
+    assert operators == kernels
