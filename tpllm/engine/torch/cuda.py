@@ -57,12 +57,12 @@ def unpack(packed: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
 
 
 class Lent:
-    """Where a tensor lies on a GPU, without keeping its memory."""
+    """Where a tensor of float32 lies on a GPU, without keeping its memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = {
-            "version": 3, "shape": tuple(tensor.shape), "data": (tensor.data_ptr(), False),
-            "typestr": f"<f{tensor.itemsize}", "strides": tuple(stride * tensor.itemsize for stride in tensor.stride())}
+            "version": 3, "shape": tuple(tensor.shape), "typestr": "<f4", "data": (tensor.data_ptr(), False),
+            "strides": tuple(4 * stride for stride in tensor.stride())}
 
 
 class Captured(NamedTuple):
