@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 from makers import LLAMA31_GQA, make_meta_dir
+from reference import Reference
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tpllm.bench import named_config
 from tpllm.cli import main
+from tpllm.distributed import World
 from tpllm.engine.base import BuildConfig, EngineConfig
 from tpllm.engine.torch import inductor
-from tpllm.engine.torch.base import PreparedRank, prepare_rank
+from tpllm.engine.torch.base import LoadedRank, PreparedRank, load_rank, prepare_rank
 from tpllm.engine.torch.memory import SPARE_ROWS, Plan, plan_memory
 from tpllm.errors import OutOfMemory, UsageError
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
+from tpllm.runner import ModelRunner
+from tpllm.sampling import SamplingParams
 
 # Parameters that the models' cards and papers give to three digits, here to the last: bfloat16 takes two bytes each.
 PARAMETERS = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "llama-2-70b": 68_976_648_192}
@@ -88,20 +93,37 @@ def test_logits_of_a_step_have_a_row_of_each_sequence() -> None:
     assert BuildConfig(device="cpu", max_num_tokens=100).step_rows == 100
 
 
-def test_a_build_keeps_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same process may load the engine: `tpllm bench` does."""
-    weights: list[weakref.ref[torch.Tensor]] = []
+def test_neither_a_build_nor_an_engine_that_is_gone_keeps_weights(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may build an engine and load several: `tpllm bench` does the former."""
+    exported: list[weakref.ref[torch.Tensor]] = []
+    loaded: list[StorageWeakRef] = []
 
     def watched(*args: Any) -> PreparedRank:
         rank = prepare_rank(*args)
-        weights.extend(weakref.ref(weight) for weight in rank.program.parameters())
+        exported.extend(weakref.ref(weight) for weight in rank.program.parameters())
         assert all(weight.numel() for weight in rank.program.parameters())
         return rank
 
+    def watched_load(*args: Any) -> LoadedRank:
+        rank = load_rank(*args)
+        loaded.extend(StorageWeakRef(weight.untyped_storage()) for weight in rank.program.parameters())
+        return rank
+
     monkeypatch.setattr(inductor, "prepare_rank", watched)
+    monkeypatch.setattr(inductor, "load_rank", watched_load)
     meta, checkpoint = make_meta_dir(tmp_path / "meta", LLAMA31_GQA), tmp_path / "checkpoint"
-    assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(checkpoint)]) == 0
+    assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(checkpoint), "--dtype", "float32"]) == 0
     assert main(["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(tmp_path / "engine"),
                  "--backend", "inductor"]) == 0  # fmt: skip
     gc.collect()
-    assert weights and not [weight for kept in weights if (weight := kept()) is not None and weight.numel()]
+    assert exported and not [weight for kept in exported if (weight := kept()) is not None and weight.numel()]
+
+    runner = ModelRunner.from_dir(tmp_path / "engine", world=World())
+    gc.collect()
+    (output,) = runner.generate([[1, 2, 3]], SamplingParams(max_output_len=4, ignore_eos=True))
+    assert output.outputs[0].token_ids == Reference(meta).greedy([1, 2, 3], 4)
+    assert loaded and not any(storage.expired() for storage in loaded)
+    del runner
+    gc.collect()
+    assert all(storage.expired() for storage in loaded)

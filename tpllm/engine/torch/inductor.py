@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -87,9 +88,7 @@ class InductorBackend(Backend):
 
             world.together("compile", compile_graphs)
             world.together("compile", copy_compiled)
-            # PyTorch (2.11, 2.13) keeps what it has exported for good, and this process may go on to load the engine.
-            for parameter in rank.program.parameters():
-                parameter.data = parameter.new_empty(0)
+            empty(rank.program.parameters())
 
     def load(self, directory: Path, config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | None,
              world: World) -> Engine:
@@ -98,28 +97,41 @@ class InductorBackend(Backend):
                                 f"{torch.__version__}; build again: {build_command(config)}")
         rank = load_rank(directory, config, mapping, checkpoint_dir, world)
         program = rank.program
+        state = program.state_dict()
 
         def load_graphs() -> dict[str, Step]:
             if lacking := set(rank.members[ISA].decode().split()) - features(program.device):
                 raise MismatchError(f"{directory / engine_file(mapping.rank)} was compiled for a processor with "
                                     f"{', '.join(sorted(lacking))}, which {world.host} lacks; build it on this "
                                     f"machine: {build_command(config)}")
-            state = program.state_dict()
             constants = state | {f"step.{name}": tensor for name, tensor in state.items()}
             return {name.removesuffix(".pt2"): load_package(package, constants, program.device)
                     for name, package in rank.members.items() if name.endswith(".pt2")}
 
-        graphs = world.together("load", load_graphs)
-        if program.device.type == "cuda":
-            from tpllm.engine.torch.cuda import CudaEngine
+        engine = make_engine(config, world.together("load", load_graphs), program.device, rank.rows)
+        weakref.finalize(engine, empty, list(state.values())).atexit = False
+        return engine
 
-            return CudaEngine(config, graphs["mixed"], graphs["one"], program.device, rank.rows)
-        decode, mixed = graphs["decode"], graphs["mixed"]
 
-        def run(tokens: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-            return (decode if tokens.shape[0] == 1 else mixed)(tokens, *rest)
+def make_engine(config: EngineConfig, graphs: dict[str, Step], device: torch.device, rows: int) -> Engine:
+    """Of compiled graphs, with a cache of so many rows."""
+    if device.type == "cuda":
+        from tpllm.engine.torch.cuda import CudaEngine
 
-        return TorchEngine(config, run, make_cache(config, program.device, rank.rows))
+        return CudaEngine(config, graphs["mixed"], graphs["one"], device, rows)
+    decode, mixed = graphs["decode"], graphs["mixed"]
+
+    def run(tokens: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return (decode if tokens.shape[0] == 1 else mixed)(tokens, *rest)
+
+    return TorchEngine(config, run, make_cache(config, device, rows))
+
+
+def empty(tensors: Iterable[torch.Tensor]) -> None:
+    """Give their memory back, whoever has them: PyTorch (2.11, 2.13) keeps what it has exported, and the constants of
+    packages, for good, and a process may go on to load another engine."""
+    for tensor in tensors:
+        tensor.data = tensor.new_empty(0)
 
 
 # Steps of one sequence have a graph of their own: fixed shapes make faster products.
