@@ -2,7 +2,8 @@
 
 `mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
 "prompts": […], "out": file}`, `{"in parts": engine_dir}`, `{"hosts": N}`: the ranks then look to NCCL like N hosts,
-`{"part rows": N}`: products of twice as many rows are then summed in parts, or `{"share": true}`: they have one GPU.
+`{"part rows": N}`: products of twice as many rows are then summed in parts, `{"share": true}`: they have one GPU, or
+`{"keep": engine_dir}`: an engine that is there when the program ends.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tpllm.distributed import World
 from tpllm.engine.base import StepInput
 from tpllm.engine.torch import exchange
 from tpllm.engine.torch.collectives import communicator
+
+KEPT: list[ModelRunner] = []
 
 
 def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
@@ -97,6 +100,8 @@ def run_job(job: dict[str, Any], world: World) -> None:
         share(world)
     elif "part rows" in job:
         exchange.PART_ROWS = job["part rows"]
+    elif "keep" in job:
+        KEPT.append(ModelRunner.from_dir(job["keep"], world=world))
     elif "in parts" in job:
         ModelRunner.from_dir(job["in parts"], world=world)
         check_in_parts(world)

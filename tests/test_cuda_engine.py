@@ -4,6 +4,7 @@ Its programs compute on the CPU here, and a graph is a function that is called a
 """
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from tpllm.config import ModelConfig
 from tpllm.engine.base import BuildConfig, EngineConfig, StepInput
 from tpllm.engine.torch import cuda, program
 from tpllm.engine.torch.base import export_decode, export_step
-from tpllm.engine.torch.graphs import make_graph
+from tpllm.engine.torch.graphs import end_graphs, make_graph
 from tpllm.engine.torch.merge import survey
 from tpllm.engine.torch.program import StepProgram, TorchOps
 from tpllm.mapping import Mapping
@@ -172,10 +173,19 @@ def test_arrays_in_one(lengths: list[int]) -> None:
         assert part.tolist() == array.tolist() and part.storage_offset() % cuda.ALIGNMENT == 0
 
 
+class Graph:
+    """In the place of PyTorch's."""
+
+    ended = False
+
+    def reset(self) -> None:
+        self.ended = True
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where making it fails, and whatever the caller had set."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
 
     def fail() -> None:
@@ -192,6 +202,18 @@ def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool, monkeypatc
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_graphs_end_that_somebody_still_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for them at a program's end."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    kept, gone = (make_graph(lambda: None)[0] for _ in range(2))
+    forgotten = weakref.ref(gone)
+    del gone
+    assert forgotten() is None
+    end_graphs()
+    assert isinstance(kept, Graph) and kept.ended
 
 
 LAYERS = 3

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
 from tpllm.engine.torch.exchange import Exchanged, Parts, Reduced, Split, in_parts
-from tpllm.engine.torch.graphs import graph_seconds
+from tpllm.engine.torch.graphs import end_graphs, graph_seconds
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
 from tpllm.errors import PreflightError, RankError
 from tpllm.heartbeat import own_addresses, reach
@@ -262,4 +262,11 @@ def start_group(world: World, device: torch.device) -> None:
     hook = sys.excepthook
     dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size, device_id=device)
     sys.excepthook = hook  # PyTorch's prints what ours says once that returns, which it never does
-    atexit.register(dist.destroy_process_group)  # before MPI's own end: the last registered comes first
+    atexit.register(end_group)  # before MPI's own end: the last registered comes first
+
+
+def end_group() -> None:
+    """NCCL would wait for all graphs that have its kernels (https://github.com/pytorch/pytorch/issues/115388), and a
+    program may have its engine to the end."""
+    end_graphs()
+    dist.destroy_process_group()

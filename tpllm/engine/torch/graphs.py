@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import statistics
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def make_graph(work: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
@@ -26,7 +29,14 @@ def make_graph(work: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda
     finally:
         if collected:
             gc.enable()
+    alive.add(graph)
     return graph, result
+
+
+def end_graphs() -> None:
+    """Of all engines that somebody still has; none of them can be used any more."""
+    for graph in list(alive):
+        graph.reset()
 
 
 def graph_seconds(work: Callable[[], object], repeats: int, ready: Callable[[], object] = lambda: None) -> float:
