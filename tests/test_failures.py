@@ -51,6 +51,20 @@ def run_argv(work: Path, *more: str) -> list[str]:
             *more]
 
 
+@pytest.mark.parametrize("verb", ["inspect", "doctor"])
+def test_a_reader_who_has_had_enough_sees_no_traceback(verb: str, work: Path) -> None:
+    """`tpllm doctor | head -1`."""
+    argv = ["inspect", str(work / "checkpoint"), "--json"] if verb == "inspect" else ["doctor"]
+    with subprocess.Popen([sys.executable, "-m", "tpllm", *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:  # fmt: skip
+        assert process.stdout and process.stderr
+        if verb == "doctor":
+            assert process.stdout.readline().startswith("doctor: [1/")
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(60) == 141 and "Traceback" not in said, said
+
+
 def test_wrong_number_of_ranks_names_the_right_command(work: Path) -> None:
     done = mpirun(3, ["-m", "tpllm", *run_argv(work)], check=False)
     assert done.returncode != 0

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 
 from tpllm import __version__
 from tpllm.errors import TpllmError
+from tpllm.launched import launched_by
 
 VERBS = ("convert", "build", "run", "batch", "eval", "bench", "scale", "launch", "sbatch", "doctor", "inspect",
          "verify", "demo")
+READER_LEFT = 141  # as a shell has it of programs that a closed pipe ends
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +29,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tpllm: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # One of several ranks must not end as if all were well: the others would wait for it.
+        launched = launched_by(os.environ)
+        if (launched and launched.size > 1) or not reader_left():
+            raise
+        return READER_LEFT
+
+
+def reader_left() -> bool:
+    """Whether nobody reads what is printed any more: `head`, for one, has had enough."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if left := any(event & select.POLLERR for _, event in output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its end
+    return left
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,6 @@ from tpllm.files import read_json
 if TYPE_CHECKING:
     from tpllm.engine.base import EngineConfig, RankEngine
 
-READER_LEFT = 141  # as a shell has it of programs that a closed pipe ends
 COLLECTIVE = re.compile("all_?reduce|all_?gather|collective", re.IGNORECASE)
 HELP = "what a checkpoint or engine directory is: configuration, tensors, fingerprints, the launch it fits"
 
@@ -30,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(args: argparse.Namespace) -> int:
     facts = engine_facts(args.directory) if is_engine(args.directory) else checkpoint_facts(args.directory)
-    try:
-        print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)), flush=True)
-    except BrokenPipeError:  # its reader, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its end
-        return READER_LEFT
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)), flush=True)
     return 0
 
 
