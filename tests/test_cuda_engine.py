@@ -182,12 +182,16 @@ class Graph:
         self.ended = True
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where making it fails, and whatever the caller had set."""
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
 
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool) -> None:
+    """Also where making it fails, and whatever the caller had set."""
     def fail() -> None:
         assert not gc.isenabled()
         raise RuntimeError("no graph")
@@ -204,10 +208,9 @@ def test_no_garbage_is_collected_while_a_graph_is_made(enabled: bool, monkeypatc
         (gc.enable if was else gc.disable)()
 
 
-def test_graphs_end_that_somebody_still_has(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_gpu")
+def test_graphs_end_that_somebody_still_has() -> None:
     """NCCL would wait for them at a program's end."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
     kept, gone = (make_graph(lambda: None)[0] for _ in range(2))
     forgotten = weakref.ref(gone)
     del gone

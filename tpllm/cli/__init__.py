@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         launched = launched_by(os.environ)
         if (launched and launched.size > 1) or not reader_left():
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its end
         return READER_LEFT
 
 
@@ -41,9 +42,7 @@ def reader_left() -> bool:
     """Whether nobody reads what is printed any more: `head`, for one, has had enough."""
     output = select.poll()
     output.register(sys.stdout, 0)
-    if left := any(event & select.POLLERR for _, event in output.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its end
-    return left
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -35,7 +35,7 @@ def make_graph(work: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda
 
 def end_graphs() -> None:
     """Of all engines that somebody still has; none of them can be used any more."""
-    for graph in list(alive):
+    for graph in alive:
         graph.reset()
 
 
