@@ -1,9 +1,9 @@
 """Runs under mpirun: a list of jobs on every rank, so that all cases of one rank count share a start.
 
 `mpirun -n N python rank_program.py JOBS.json`; each job is `{"tpllm": [argv…]}` or `{"logits": engine_dir,
-"prompts": […], "out": file}`, `{"in parts": engine_dir}`, `{"hosts": N}`: the ranks then look to NCCL like N hosts,
-`{"part rows": N}`: products of twice as many rows are then summed in parts, `{"share": true}`: they have one GPU, or
-`{"keep": engine_dir}`: an engine that is there when the program ends.
+"prompts": […], "out": file}`, `{"last logits": …}` likewise, `{"in parts": engine_dir}`, `{"hosts": N}`: the ranks then
+look to NCCL like N hosts, `{"part rows": N}`: products of twice as many rows are then summed in parts,
+`{"share": true}`: they have one GPU, or `{"keep": engine_dir}`: an engine that is there when the program ends.
 """
 
 from __future__ import annotations
@@ -57,6 +57,30 @@ def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tens
     return [torch.cat(parts) for parts in found]
 
 
+def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Logits behind every prompt's last token, three times, by steps of the same shapes.
+
+    First all but the last tokens at once, then the last token of each other prompt, and of the rest up to ten.
+    """
+    starts = [sum(len(p) + 3 for p in prompts[:i]) for i in range(len(prompts))]
+
+    def step(bounds: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
+        which = sorted(bounds, key=lambda i: bounds[i][1] - bounds[i][0] > 1)
+        ends = np.cumsum([0, *(bounds[i][1] - bounds[i][0] for i in which)])
+        logits = runner.engine.step(StepInput(
+            np.array([t for i in which for t in prompts[i][slice(*bounds[i])]], np.int32), ends.astype(np.int32),
+            np.array([starts[i] for i in which], np.int32), np.array([bounds[i][1] for i in which], np.int32),
+            (ends[1:] - 1).astype(np.int32)))
+        return dict(zip(which, logits, strict=True))
+
+    found = []
+    for _ in range(3):
+        step({i: (0, len(p) - 1) for i, p in enumerate(prompts) if len(p) > 1})
+        last = step({i: (len(p) - (1 if i % 2 == 0 else min(10, len(p))), len(p)) for i, p in enumerate(prompts)})
+        found.append(torch.stack([last[i] for i in range(len(prompts))]))
+    return found
+
+
 def check_in_parts(world: World) -> None:
     """Products of more rows than one message has, whose sums over the GPUs go part by part.
 
@@ -106,7 +130,8 @@ def run_job(job: dict[str, Any], world: World) -> None:
         ModelRunner.from_dir(job["in parts"], world=world)
         check_in_parts(world)
     else:
-        logits = all_logits(ModelRunner.from_dir(job["logits"], world=world), job["prompts"])
+        kind, logits_of = ("logits", all_logits) if "logits" in job else ("last logits", last_logits)
+        logits = logits_of(ModelRunner.from_dir(job[kind], world=world), job["prompts"])
         if world.is_first:
             torch.save(logits, job["out"])
 

@@ -4,11 +4,12 @@ Its programs compute on the CPU here, and a graph is a function that is called a
 """
 
 import gc
+import random
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ from torch import Tensor
 from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.config import ModelConfig
 from tpllm.engine.base import BuildConfig, EngineConfig, StepInput
-from tpllm.engine.torch import cuda, program
-from tpllm.engine.torch.base import export_decode, export_step
-from tpllm.engine.torch.graphs import end_graphs, make_graph
+from tpllm.engine.torch import cuda, memory, padded, program
+from tpllm.engine.torch.base import export_decode, export_step, prompt_starts
+from tpllm.engine.torch.graphs import Captured, end_graphs, make_graph
 from tpllm.engine.torch.merge import survey
 from tpllm.engine.torch.program import StepProgram, TorchOps
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
 MAX_SEQ, ROWS = 96, 300
-SPARE_ROWS = 64  # as many as padding of the largest prompts' graph takes here
+SPARE_ROWS = 24  # less than much of the padding takes
 CPU = torch.device("cpu")
 
 
@@ -42,7 +43,7 @@ class Recalled:
     def __init__(self) -> None:
         self.runs: dict[int, int] = {}
 
-    def __call__(self, run: Callable[[], Tensor]) -> cuda.Captured:
+    def __call__(self, run: Callable[[], Tensor]) -> Captured:
         logits = run()
         number = len(self.runs)
         self.runs[number] = 0
@@ -51,7 +52,7 @@ class Recalled:
             self.runs[number] += 1
             logits.copy_(run())
 
-        return cuda.Captured(replay, logits)
+        return Captured(replay, logits)
 
 
 class Made:
@@ -64,7 +65,8 @@ class Made:
         self.reference, self.capture = Reference(built.meta), Recalled()
         patch.setattr(cuda, "Capture", lambda: self.capture)
         patch.setattr(cuda, "has_prompt_kernel", lambda _: True)
-        patch.setattr(cuda, "SPARE_ROWS", SPARE_ROWS)
+        for module in (cuda, padded):
+            patch.setattr(module, "SPARE_ROWS", SPARE_ROWS)
         config = built.config
         model = find_model(config.model.architecture)(config.model)
         program = StepProgram(model, Mapping(1), CPU)
@@ -99,7 +101,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def test_prompts_of_every_length_and_the_steps_after_them(made: Made) -> None:
-    """A prompt alone is a graph's, whatever lies beside it; two, or one of which more is wanted, are not."""
+    """A prompt alone is a graph's from the first one on, whatever lies beside it."""
     for number, length in enumerate((2, 15, 16, 17, 33, 64, 90)):
         ids, other = random_ids(LLAMA31_GQA.vocab_size, length + 1, 5, seed=number)
         made.step(other, [0, 5], [length + 1], [5], [4])  # the rows right behind it
@@ -118,12 +120,41 @@ def test_parts_of_a_prompt(made: Made) -> None:
     assert sum(made.capture.runs.values()) == 2
 
 
-def test_steps_that_no_graph_serves(made: Made) -> None:
-    a, b = random_ids(LLAMA31_GQA.vocab_size, 20, 9, seed=4)
-    found = made.step([*a, *b], [0, 20, 29], [40, 0], [20, 9], [19, 28])
-    close(found, torch.stack([made.reference.logits(a)[19], made.reference.logits(b)[8]]))
-    close(made.step(a, [0, 20], [40], [20], list(range(20))), made.reference.logits(a))
-    assert sum(made.capture.runs.values()) == 0
+def test_steps_whose_shape_comes_again_get_a_graph(made: Made) -> None:
+    """Prompts beside each other and beside sequences of one token; none of which every logit is wanted."""
+    sequences = random_ids(LLAMA31_GQA.vocab_size, 20, 9, 33, seed=4)
+    expected = [made.reference.logits(ids) for ids in sequences]
+    a, b, c = sequences
+    for replays in (0, 1, 2):
+        made.step(c[:32], [0, 32], [100], [32], [])
+        before = sum(made.capture.runs.values())
+        found = made.step([c[32], *a, *b], [0, 1, 21, 30], [100, 40, 0], [33, 20, 9], [0, 20, 29])
+        close(found, torch.stack([expected[2][32], expected[0][19], expected[1][8]]))
+        assert sum(made.capture.runs.values()) - before == min(replays, 1)
+    for _ in range(2):
+        before = sum(made.capture.runs.values())
+        close(made.step(a, [0, 20], [40], [20], list(range(20))), expected[0])
+        assert sum(made.capture.runs.values()) == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_cut_at_random(seed: int, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into steps of any shape, with few graphs, so that steps of all three kinds follow each other."""
+    monkeypatch.setattr(padded, "MOST_GRAPHS", len(made.capture.runs) + 4)
+    chance = random.Random(seed)
+    sequences = random_ids(LLAMA31_GQA.vocab_size, 90, 40, 7, 60, 25, seed=seed)
+    starts, cached = [0, 220, 92, 100, 165], [0] * 5
+    expected = [made.reference.logits(ids) for ids in sequences]
+    while left := [i for i, ids in enumerate(sequences) if cached[i] < len(ids)]:
+        takes = [(i, chance.choice((1, 1, 2, 17, 30))) for i in chance.sample(left, chance.randint(1, len(left)))]
+        parts = sorted(((i, min(n, len(sequences[i]) - cached[i])) for i, n in takes), key=lambda part: part[1] > 1)
+        ends = [0, *accumulate(n for _, n in parts)]
+        logits = made.step([token for i, n in parts for token in sequences[i][cached[i]:cached[i] + n]], ends,
+                           [starts[i] for i, _ in parts], [cached[i] + n for i, n in parts], [n - 1 for n in ends[1:]])
+        for (i, n), row in zip(parts, logits, strict=True):
+            cached[i] += n
+            close(row, expected[i][cached[i] - 1])
+    assert made.mixed_steps > sum(made.capture.runs.values()) > 0
 
 
 def test_decode_of_padded_batches_in_any_order(made: Made) -> None:
@@ -149,13 +180,51 @@ def test_tokens_that_only_the_device_knows(made: Made) -> None:
     close(found, torch.stack([made.reference.logits(a)[7], made.reference.logits(b)[5]]))
 
 
-def test_prompts_have_graphs_as_large_as_they_need_and_padding_has_rows() -> None:
-    for longest in (1, 16, 17, 100, 1000, 1900, 2048):
-        sizes = cuda.prompt_sizes(longest)
-        assert sizes[-1] >= longest and (len(sizes) == 1 or sizes[-2] < longest)
-        for count in range(1, longest + 1):
-            assert min(size for size in sizes if size >= count) - count <= cuda.SPARE_ROWS
-    assert cuda.prompt_sizes(9000) == list(cuda.PROMPT_SIZES)
+@pytest.mark.parametrize("most", [1, 16, 100, 1000, 2048, 5000, 8192])
+def test_steps_of_every_size_have_a_shape_little_larger(most: int) -> None:
+    """Full ones too, of which schedulers leave out what padding takes, and padding has places."""
+    sizes = padded.token_sizes(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most
+    chance = random.Random(most)
+    for singles in (0, 1, 7, 33, 65, 500):
+        full = most + -singles // padded.SINGLES * padded.SINGLES + singles
+        for total in {full, *(chance.randint(singles + 2, full) for _ in range(20) if full > singles + 2)}:
+            if total < singles + 2:
+                continue
+            ends = np.array([*range(singles + 1), total], np.int32)
+            step = StepInput(np.zeros(total, np.int32), ends, np.zeros(singles + 1, np.int32), np.diff(ends), ends[1:])
+            shape = padded.Shape.of(step, sizes, 10_000)
+            assert shape and 0 <= shape.singles - singles < padded.SINGLES
+            assert shape.tokens - (total + shape.singles - singles) <= memory.SPARE_ROWS
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_padding_moves_no_token_to_another_place(seed: int) -> None:
+    """Each token's position and cache row are what they are without it; padding's rows are the spare ones."""
+    chance, spare = random.Random(seed), 10_000
+    lengths = [1] * chance.randint(0, 70) + [chance.randint(2, 150) for _ in range(chance.randint(1, 9))]
+    cached = [chance.randint(0, 50) for _ in lengths]
+    ends = np.array([0, *accumulate(lengths)], np.int32)
+    start, after = (np.array(numbers, np.int32) for numbers in zip(
+        *((200 * i, there + new) for i, (there, new) in enumerate(zip(cached, lengths, strict=True))), strict=True))
+    step = StepInput(np.arange(ends[-1], dtype=np.int32), ends, start, after, ends[1:] - 1)
+    shape = padded.Shape.of(step, padded.token_sizes(2048), 10_000)
+    assert shape
+    tokens, query_start, first, length, rows, fed = map(torch.from_numpy, shape.arrays(step, spare))
+    assert [len(array) for array in (tokens, query_start, first, length, rows, fed)] == [
+        shape.tokens, shape.prompts + 1, *[shape.singles + shape.prompts] * 2, shape.rows, shape.tokens]
+    places = program.token_places(shape.tokens, query_start, first, length)
+    wanted = program.token_places(len(step.tokens), *(
+        torch.from_numpy(array) for array in (prompt_starts(step), step.start, step.length)))
+    singles = lengths.count(1)
+    own = torch.tensor([*range(singles), *range(shape.singles, shape.singles + len(step.tokens) - singles)])
+    assert tokens[own].tolist() == step.tokens.tolist() and (fed == -1).all()
+    assert tokens[rows[:len(step.rows)].long()].tolist() == step.tokens[step.rows].tolist()
+    for place, want in zip(places, wanted, strict=True):
+        assert place[own].tolist() == want.tolist()
+    others = torch.ones(shape.tokens, dtype=torch.bool)
+    others[own] = False
+    assert ((places[1][others] >= spare) & (places[1][others] < spare + memory.SPARE_ROWS)).all()
 
 
 def test_batches_of_every_size_have_a_graph_little_larger() -> None:
@@ -168,9 +237,9 @@ def test_batches_of_every_size_have_a_graph_little_larger() -> None:
 @pytest.mark.parametrize("lengths", [[1], [16, 0, 17], [3, 40, 2, 1]])
 def test_arrays_in_one(lengths: list[int]) -> None:
     arrays = [np.arange(length, dtype=np.int32) + 100 * i for i, length in enumerate(lengths)]
-    packed = torch.from_numpy(cuda.pack(arrays))
-    for part, array in zip(cuda.unpack(packed, lengths), arrays, strict=True):
-        assert part.tolist() == array.tolist() and part.storage_offset() % cuda.ALIGNMENT == 0
+    packed = torch.from_numpy(padded.pack(arrays))
+    for part, array in zip(padded.unpack(packed, lengths), arrays, strict=True):
+        assert part.tolist() == array.tolist() and part.storage_offset() % padded.ALIGNMENT == 0
 
 
 class Graph:

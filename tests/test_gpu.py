@@ -16,7 +16,7 @@ from torch import Tensor
 from tpllm.cli import main
 from tpllm.distributed import World
 from tpllm.engine.base import StepInput
-from tpllm.engine.torch.cuda import Capture
+from tpllm.engine.torch.graphs import Capture
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
 
@@ -77,16 +77,17 @@ def loaded(request: pytest.FixtureRequest, load: Load) -> Loaded:
 Part = tuple[int, int, list[int]]
 
 
-def step(loaded: Loaded, parts: list[Part]) -> list[Tensor]:
-    """One step of (first cache row, tokens already there, new tokens) each; logits after every new token."""
+def step(loaded: Loaded, parts: list[Part], last: bool = False) -> list[Tensor]:
+    """One step of (first cache row, tokens already there, new tokens) each; logits after every new token, or the last
+    one's."""
     counts = [len(new) for _, _, new in parts]
     ends = np.cumsum([0, *counts], dtype=np.int32)
     logits = loaded.runner.engine.step(StepInput(
         tokens=np.array([token for _, _, new in parts for token in new], dtype=np.int32), query_start=ends,
         start=np.array([start for start, _, _ in parts], dtype=np.int32),
         length=np.array([cached + len(new) for _, cached, new in parts], dtype=np.int32),
-        rows=np.arange(ends[-1], dtype=np.int32)))  # fmt: skip
-    return [part.clone() for part in logits.split(counts)]
+        rows=ends[1:] - 1 if last else np.arange(ends[-1], dtype=np.int32)))  # fmt: skip
+    return [part.clone() for part in logits.split([1] * len(counts) if last else counts)]
 
 
 def random_ids(loaded: Loaded, *lengths: int, seed: int) -> list[list[int]]:
@@ -135,6 +136,24 @@ def test_rows_used_before_leave_no_trace_and_repeats_are_the_same_bits(loaded: L
     for first, second, ids in zip(before, again, (short, other), strict=True):
         assert torch.equal(first, second)
         loaded.check(second, ids)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_steps_that_come_again(seed: int, loaded: Loaded) -> None:
+    """Prompts cut at random beside decode, so that one step runs as compiled and the next from a graph."""
+    poison(loaded)
+    sequences = random_ids(loaded, 290, 200, 170, 250, 60, 33, seed=seed)
+    starts, cached = [900, 0, 1400, 210, 1700, 500], [0] * 6
+    expected = [loaded.reference.logits(ids) for ids in sequences]
+    chance = random.Random(seed)
+    while left := [i for i, ids in enumerate(sequences) if cached[i] < len(ids)]:
+        takes = [(i, chance.choice((1, 1, 12, 25))) for i in chance.sample(left, chance.randint(1, len(left)))]
+        parts = [(i, sequences[i][cached[i]:cached[i] + n]) for i, n in sorted(takes, key=lambda take: take[1])]
+        logits = step(loaded, [(starts[i], cached[i], new) for i, new in parts], last=True)
+        for (i, new), found in zip(parts, logits, strict=True):
+            cached[i] += len(new)
+            error = ((found[0].cpu() - expected[i][cached[i] - 1]).norm() / expected[i][cached[i] - 1].norm()).item()
+            assert error < 2 * TOLERANCE[loaded.dtype], error
 
 
 def test_only_the_wanted_rows(loaded: Loaded) -> None:

@@ -96,7 +96,8 @@ def ran(made: Made, way: str) -> Path:
         ids.write_text("".join(",".join(map(str, p)) + "\n" for p in made.prompts(shape)), encoding="utf-8")
         run = ["run", "--engine-dir", str(made.engine(i)), "--input-file", str(ids), "--ignore-eos",
                "--max-output-len", "20", "--output-json"]
-        jobs += [{"logits": str(made.engine(i)), "prompts": made.prompts(shape), "out": str(out / f"logits{i}.pt")},
+        jobs += [*({kind: str(made.engine(i)), "prompts": made.prompts(shape), "out": str(out / f"{kind}{i}.pt")}
+                   for kind in ("logits", "last logits")),
                  {"tpllm": [*run, str(out / f"first{i}.json")]}, {"tpllm": [*run, str(out / f"second{i}.json")]}]
     jobs.append({"keep": str(made.engine(3))})  # NCCL would wait for its graphs
     old = {name: os.environ.get(name) for name in ("TPLLM_ALL_REDUCE", *NO_MULTICAST, *WAYS[way])}
@@ -126,6 +127,16 @@ def test_logits(way: str, case: int, made: Made) -> None:
     found = torch.load(ran(made, way) / f"logits{case}.pt", map_location="cpu")
     for ids, logits in zip(made.prompts(ENGINES[case][1]), found, strict=True):
         expected = reference(made, case).logits(ids)
+        assert ((logits - expected).norm() / expected.norm()).item() < TOLERANCE[ENGINES[case][2]]
+
+
+@pytest.mark.parametrize(("way", "case"), CASES, ids=[f"{way}-{IDS[case]}" for way, case in CASES])
+def test_logits_of_steps_that_come_again(way: str, case: int, made: Made) -> None:
+    """As compiled, while their graphs are made, and from these."""
+    found = torch.load(ran(made, way) / f"last logits{case}.pt", map_location="cpu")
+    expected = torch.stack([reference(made, case).logits(ids)[-1] for ids in made.prompts(ENGINES[case][1])])
+    assert len(found) == 3
+    for logits in found:
         assert ((logits - expected).norm() / expected.norm()).item() < TOLERANCE[ENGINES[case][2]]
 
 

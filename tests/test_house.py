@@ -35,11 +35,12 @@ PARTS = {
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
-    "gpus": ("engine.torch.communicator", "engine.torch.cuda", "engine.torch.exchange", "engine.torch.fused",
-             "engine.torch.graphs", "engine.torch.memory"),
+    "gpus": ("engine.torch.cuda", "engine.torch.fused", "engine.torch.graphs", "engine.torch.memory",
+             "engine.torch.padded"),
+    "peers": ("engine.torch.communicator", "engine.torch.exchange"),
     "kernels": ("engine.torch.kernels",),
 }
-STANDING = {"gpus": "tpllm.engine.torch.", "kernels": "tpllm.engine.torch."}  # on other parts only verbs do
+STANDING = dict.fromkeys(("gpus", "peers", "kernels"), "tpllm.engine.torch.")  # on other parts only verbs do
 # Where weights are described, written and multiplied with, the core asks this part whether they are quantized.
 HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine.random_weights",
                           "engine.torch.program", "engine.tensorrt.lowering")}  # fmt: skip

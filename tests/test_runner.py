@@ -106,7 +106,8 @@ class Ahead(Engine):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.config, self.capacity, self.unit, self.ahead = engine.config, engine.capacity, engine.unit, True
+        self.config, self.capacity, self.unit, self.singles = engine.config, engine.capacity, engine.unit, 1
+        self.ahead = True
         self._fed = np.zeros(0, np.int32)
         self.told: list[bool] = []  # of each batch of tokens, whether the host has asked for it
         self.early = 0  # steps begun with tokens that the host did not know

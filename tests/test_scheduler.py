@@ -51,6 +51,7 @@ class Load:
     max_batch_size: int
     max_step_tokens: int
     lookahead: int = 1
+    singles: int = 1
 
     @property
     def order(self) -> list[int]:
@@ -72,7 +73,7 @@ def loads(draw: st.DrawFn) -> Load:
     longest = max(job.max_len * job.width for job in requests)
     batch = draw(st.integers(max(job.width for job in requests), 6))
     return Load(requests, draw(st.integers(longest, 3 * longest)), batch, draw(st.integers(1, 40)),
-                draw(st.sampled_from([1, 1, 2, 5])))
+                draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([1, 1, 4])))
 
 
 class Engine:
@@ -88,6 +89,10 @@ class Engine:
         assert all(array.dtype == np.int32 and array.ndim == 1 for array in arrays)
         count, batch = len(step.tokens), len(step.start)
         assert 1 <= count <= self.load.max_step_tokens
+        longer = np.diff(step.query_start) > 1
+        alone = int(longer.argmax()) if longer.any() else batch
+        if longer.any() and self.load.max_step_tokens - alone >= 2 * self.load.singles:
+            assert count + -alone % self.load.singles <= self.load.max_step_tokens
         assert 1 <= batch <= len(running) <= self.load.max_batch_size
         assert len(step.query_start) == batch + 1 and len(step.length) == batch
         assert step.query_start[0] == 0 and step.query_start[-1] == count
@@ -141,7 +146,7 @@ def serve(load: Load) -> tuple[list[int], int]:
             yield branches(index, job)
 
     scheduler = Scheduler(load.capacity, load.max_batch_size, load.max_step_tokens, ROWS, source(),
-                          lookahead=load.lookahead)
+                          lookahead=load.lookahead, singles=load.singles)
     engine = Engine(load)
     ended: list[int] = []
     admitted: list[int] = []
@@ -219,7 +224,7 @@ def test_a_thousand_requests_through_a_small_arena() -> None:
     many = [Job(chance.randint(1, 120), allowed := chance.randint(1, 40), chance.randint(1, allowed),
                 chance.choice([1] * 9 + [3])) for _ in range(1000)]
     for lookahead in (1, 100):
-        ended, _ = serve(Load(many, 600, 12, 64, lookahead))
+        ended, _ = serve(Load(many, 600, 12, 64, lookahead, singles=8))
         assert sorted(ended) == sorted(i for i, job in enumerate(many) for _ in range(job.width))
 
 

@@ -135,7 +135,7 @@ class ModelRunner:
         admitted = itertools.takewhile(lambda _: not world.draining, started)
         build = self.engine.config.build
         scheduler = Scheduler(self.engine.capacity, self.max_batch_size, build.step_tokens, build.step_rows, admitted,
-                              self.engine.unit, lookahead)
+                              self.engine.unit, lookahead, self.engine.singles)
         end: StepInput | None = None
         until = float("inf")
         flight: Flight | None = None

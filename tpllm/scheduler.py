@@ -68,14 +68,14 @@ class Scheduler(Generic[S]):
 
     A step holds at most `max_step_tokens`, those that need one token first: long prompts come in chunks while others go
     on generating. It gives at most `max_step_rows` of logits, as they take more room than tokens do and a sequence may
-    want every token's: no fewer than `max_batch_size`. `unit` is the engine's.
+    want every token's: no fewer than `max_batch_size`. `unit` and `singles` are the engine's.
     """
 
     def __init__(self, capacity: int, max_batch_size: int, max_step_tokens: int, max_step_rows: int,
-                 source: Iterator[list[S]], unit: int = 1, lookahead: int = 1) -> None:
+                 source: Iterator[list[S]], unit: int = 1, lookahead: int = 1, singles: int = 1) -> None:
         self.max_batch_size, self.max_step_tokens, self.max_step_rows = max_batch_size, max_step_tokens, max_step_rows
         self.running: list[S] = []
-        self._source, self._lookahead = source, lookahead
+        self._source, self._lookahead, self._singles = source, lookahead, singles
         self._waiting: deque[list[S]] = deque()  # for room
         self._arena = Arena(capacity, unit)
         self._copies: list[tuple[int, int, int]] = []
@@ -88,7 +88,11 @@ class Scheduler(Generic[S]):
         budget, rows = self.max_step_tokens, self.max_step_rows - sum(not s.every_row for s in self.running)
         parts: list[tuple[S, int]] = []
         # Sequences that only need one token come first: prefill must not hold up decode.
+        longer = False
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
+            if sequence.pending > 1 and not longer:
+                longer, padding = True, -len(parts) % self._singles
+                budget -= padding if budget >= 2 * self._singles else 0
             take = min(sequence.pending, budget, rows if sequence.every_row else budget)
             if take and len(sequence.tokens) < sequence.max_len:  # of a full one only the last token is to be known
                 parts.append((sequence, take))

@@ -147,6 +147,7 @@ class Engine(Protocol):
     config: EngineConfig
     capacity: int  # rows of the cache arena
     unit: int  # sequences own runs of this many rows, or of a multiple of it, beginning at a multiple of it
+    singles: int  # in a step with longer ones, sequences of one token take room like the next multiple of this many
     ahead: bool  # `step` returns before its logits are computed, so the next one may begin before they are
 
     def step(self, step: StepInput) -> torch.Tensor:

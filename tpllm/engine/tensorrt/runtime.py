@@ -162,7 +162,7 @@ class TensorrtEngine(Engine):
 
     def __init__(self, config: EngineConfig, plan: bytes, gpu: Gpu, world: World) -> None:
         build, model = config.build, config.model
-        self.config, self.unit, self.ahead = config, build.max_seq_len, False
+        self.config, self.unit, self.singles, self.ahead = config, build.max_seq_len, 1, False
         self.capacity = build.max_batch_size * self.unit
         self._gpu, self._logger = gpu, Logger(world)
         self._engine = self._logger.deserialize(plan, f"; build it again: {build_command(config)}")

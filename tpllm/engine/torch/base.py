@@ -54,7 +54,7 @@ def use_threads(world: World) -> None:
 class TorchEngine(Engine):
     """One rank's program with its weights and cache arena; `program` takes `StepProgram.forward`'s arguments."""
 
-    unit = 1
+    unit = singles = 1
     ahead = False
 
     def __init__(self, config: EngineConfig, program: Step, cache: torch.Tensor) -> None:

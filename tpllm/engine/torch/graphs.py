@@ -6,7 +6,7 @@ import gc
 import statistics
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -52,3 +52,31 @@ def graph_seconds(work: Callable[[], object], repeats: int, ready: Callable[[], 
         ended.synchronize()
         seconds.append(float(began.elapsed_time(ended)) / 1e3)
     return statistics.median(seconds)
+
+
+class Lent:
+    """Where a tensor of float32 lies on a GPU, without keeping its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3, "shape": tuple(tensor.shape), "typestr": "<f4", "data": (tensor.data_ptr(), False),
+            "strides": tuple(4 * stride for stride in tensor.stride())}
+
+
+class Captured(NamedTuple):
+    """What runs a graph's kernels again, and where they leave their logits `[rows, vocab]` until another one runs."""
+
+    replay: Callable[[], None]
+    logits: torch.Tensor
+
+
+class Capture:
+    """Makes CUDA graphs that share their memory, as one runs after the other."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Captured:
+        graph, logits = make_graph(run, self._pool)
+        # Nobody owns the logits: those of all graphs together would be gigabytes, so the next graph may use the place.
+        return Captured(graph.replay, torch.as_tensor(Lent(logits), device=logits.device))

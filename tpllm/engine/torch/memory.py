@@ -51,9 +51,11 @@ def plan_memory(config: EngineConfig, model: Model, mapping: Mapping) -> Plan:
                   for dtype, dims in model.rank_tensors(mapping).values())
     inner = shape.intermediate_size // config.tp_size
     heads = (local.num_heads + 2 * local.num_kv_heads) * shape.head_size
-    # The widest moment of a full step, what the ranks write into each other's memory, and logits in float32 before and
-    # after they are gathered.
-    token = size * ((10 if config.tp_size > 1 else 8) * shape.hidden_size + 4 * inner + 2 * heads)
+    # The widest moment of a full step, of several ranks' once more in CUDA graphs, what the ranks write into each
+    # other's memory, and logits in float32 before and after they are gathered.
+    token = size * (8 * shape.hidden_size + 4 * inner + 2 * heads)
+    if config.tp_size > 1:
+        token = 2 * (token + size * shape.hidden_size)
     workspace = SPARE + config.build.step_tokens * token + config.build.step_rows * 10 * shape.vocab_size
     row = 2 * shape.num_hidden_layers * local.num_kv_heads * shape.head_size * size
     return Plan(weights, workspace, row)
