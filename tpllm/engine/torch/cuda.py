@@ -13,7 +13,7 @@ from tpllm.engine.torch.base import Step, copy_rows, make_cache, prompt_starts
 from tpllm.engine.torch.collectives import communicator
 from tpllm.engine.torch.graphs import Capture, Captured
 from tpllm.engine.torch.memory import SPARE_ROWS
-from tpllm.engine.torch.padded import SINGLES, Ints, PaddedSteps, aligned, known_tokens, pack_pinned, unpack
+from tpllm.engine.torch.padded import Ints, PaddedSteps, aligned, known_tokens, send
 
 LAUNCHING = 2048  # tokens of a step that launch on one GPU as fast as they are computed
 # Where cuBLAS has tiles that fit: on an H200 products of 432 rows take 9 to 32 % less time than those of 448.
@@ -53,7 +53,7 @@ class CudaEngine(Engine):
                 most = build.step_tokens if config.tp_size > 1 else min(build.step_tokens, LAUNCHING)
                 self._padded = PaddedSteps(self._prompts, capture, device, rows, most, build.step_rows)
                 self._padded.make(min(build.max_input_len, most), build.max_batch_size)
-                self.singles = SINGLES if self._padded.many else 1
+                self.singles = self._padded.singles
             self._graphs = {size: self._decode(size, capture) for size in reversed(self._sizes)}
 
     def _decode(self, size: int, capture: Capture) -> Captured:
@@ -109,8 +109,7 @@ class CudaEngine(Engine):
         # Compiled code is not made for no rows at all.
         rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
         arrays = (step.tokens, prompt_starts(step), step.start, step.length, rows, known_tokens(step))
-        packed = pack_pinned(arrays, self._cache.device).to(self._cache.device, non_blocking=True)
-        return self._prompts(unpack(packed, [len(array) for array in arrays]))[:len(step.rows)]
+        return self._prompts(send(arrays, self._cache.device)[1])[:len(step.rows)]
 
     @torch.inference_mode()
     def feed(self, count: int, tokens: torch.Tensor | None) -> Callable[[], list[int]]:

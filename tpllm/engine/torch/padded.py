@@ -27,6 +27,7 @@ ALIGNMENT = 16  # in int32: compiled code takes its inputs to begin at multiples
 TOKENS = (16, 32, 64, *range(128, 1024, 128), *range(1024, 2049, SPARE_ROWS))
 SINGLES = 64  # to a multiple of which sequences with one token are filled up; fewer beside few tokens
 FEW_SINGLES, FEW_TOKENS = (8, 16, 32), 1024
+SINGLES_AT_ONCE = 512  # beside which full steps have a graph from the start
 MOST_GRAPHS = 96
 
 
@@ -113,6 +114,12 @@ def pack_pinned(arrays: Sequence[Ints], device: torch.device) -> torch.Tensor:
     return host.pin_memory() if device.type == "cuda" else host
 
 
+def send(arrays: Sequence[Ints], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`pack`'s array on `device`, and its parts."""
+    packed = pack_pinned(arrays, device).to(device, non_blocking=True)
+    return packed, unpack(packed, [len(array) for array in arrays])
+
+
 @dataclass
 class Padded:
     """Inputs on the GPU for steps of a shape, and the graph that reads them, once it is made."""
@@ -131,16 +138,16 @@ class PaddedSteps:
     def __init__(self, run: Run, capture: Capture, device: torch.device, spare: int, most: int, rows: int) -> None:
         self._run, self._capture, self._device, self._spare, self._rows = run, capture, device, spare, rows
         self._sizes = token_sizes(most)
-        self.many = most > TOKENS[-1]  # tokens, of which launching may take longer than computing
+        self.singles = SINGLES if most > TOKENS[-1] else 1  # the engine's
         self._steps: dict[Shape, Padded] = {}
 
     def make(self, longest: int, singles: int) -> None:
-        """Make graphs for prompts of up to `longest` tokens and, where they are `many`, for full steps with up to
-        `singles` sequences of one token."""
+        """Graphs for prompts of up to `longest` tokens; where steps may be larger, for full ones with up to `singles`
+        sequences of one token, too."""
         shapes = [(0, size) for last, size in zip((0, *self._sizes), self._sizes, strict=False)
                   if last < longest and size <= TOKENS[-1]]
-        if self.many:
-            shapes += [(n, self._sizes[-1]) for n in range(0, singles + SINGLES, SINGLES)]
+        if self.singles > 1:
+            shapes += [(n, self._sizes[-1]) for n in range(0, min(singles, SINGLES_AT_ONCE) + SINGLES, SINGLES)]
         # The largest first, so that the others find their memory already there.
         for shape in sorted((Shape.sized(*shape, self._rows) for shape in shapes), reverse=True,
                             key=lambda shape: (shape.tokens, shape.rows)):
@@ -164,7 +171,6 @@ class PaddedSteps:
         return padded.captured.logits[:wanted].clone()  # the graph's own are overwritten by the next step
 
     def _prepare(self, shape: Shape, arrays: Sequence[Ints]) -> Padded:
-        packed = pack_pinned(arrays, self._device).to(self._device, non_blocking=True)
-        inputs = unpack(packed, [len(array) for array in arrays])
+        packed, inputs = send(arrays, self._device)
         self._steps[shape] = Padded(packed, lambda: self._run(inputs))
         return self._steps[shape]
