@@ -242,6 +242,22 @@ def test_arrays_in_one(lengths: list[int]) -> None:
         assert part.tolist() == array.tolist() and part.storage_offset() % padded.ALIGNMENT == 0
 
 
+def test_an_engine_goes_with_its_last_reference(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has most of a GPU's memory, and NCCL waits for its graphs; graphs do not hold what they were made of."""
+    monkeypatch.setattr(cuda, "Capture", lambda: lambda run: Captured(int, run()))
+    engine = cuda.CudaEngine(made.engine.config, made.engine._mixed, made.engine._one, CPU, ROWS)
+    ends = np.array([0, 5, 12], np.int32)
+    for _ in range(3):
+        engine.step(StepInput(np.arange(12, dtype=np.int32), ends, ends[:2], np.diff(ends), ends[1:] - 1))
+    cache, engine_there = weakref.ref(engine._cache), weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert engine_there() is None and cache() is None
+    finally:
+        gc.enable()
+
+
 class Graph:
     """In the place of PyTorch's."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tpllm.engine.torch.base import Step, copy_rows, make_cache, prompt_starts
 from tpllm.engine.torch.collectives import communicator
 from tpllm.engine.torch.graphs import Capture, Captured
 from tpllm.engine.torch.memory import SPARE_ROWS
-from tpllm.engine.torch.padded import Ints, PaddedSteps, aligned, known_tokens, send
+from tpllm.engine.torch.padded import Ints, PaddedSteps, aligned, places_fed, send
 
 LAUNCHING = 2048  # tokens of a step that launch on one GPU as fast as they are computed
 # Where cuBLAS has tiles that fit: on an H200 products of 432 rows take 9 to 32 % less time than those of 448.
@@ -24,6 +25,17 @@ def batch_sizes(largest: int) -> list[int]:
     """The batch sizes that get a graph, the last one `largest`; a batch is padded to the next of them."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 160, 32), *SIZES_OF_TILES, *range(512, largest, 64)]
     return [size for size in sizes if size < largest] + [largest]
+
+
+def known_tokens(given: torch.Tensor, tokens: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
+    """`tokens` with those in place that only the device knows, at their places in `given`."""
+    return torch.where(fed >= 0, given[fed.clamp(min=0)], tokens)
+
+
+def run_prompts(mixed: Step, known: Step, cache: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A step of `StepProgram.forward`'s arrays and, of tokens that only the device knows, their places."""
+    tokens, *places, fed = inputs
+    return mixed(known(tokens, fed), *places, cache)
 
 
 class CudaEngine(Engine):
@@ -45,6 +57,9 @@ class CudaEngine(Engine):
         self._fed = torch.zeros(aligned(build.max_batch_size), dtype=torch.int32, device=device)
         self._each = torch.arange(build.max_batch_size, dtype=torch.int32, device=device)
         self._no_prompts = torch.tensor([build.max_batch_size], dtype=torch.int32, device=device)
+        # Not this engine's methods: what holds these would hold it, and its memory, until the collector comes.
+        self._known = partial(known_tokens, self._fed)
+        self._prompts = partial(run_prompts, mixed, self._known, self._cache)
         capture = Capture()
         self._padded = None
         with torch.inference_mode():
@@ -69,15 +84,6 @@ class CudaEngine(Engine):
 
         run()
         return capture(run)
-
-    def _prompts(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A step of `StepProgram.forward`'s arrays and, of tokens that only the device knows, their places."""
-        tokens, *places, fed = inputs
-        return self._mixed(self._known(tokens, fed), *places, self._cache)
-
-    def _known(self, tokens: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
-        """`tokens` with those in place that only the device knows."""
-        return torch.where(fed >= 0, self._fed[fed.clamp(min=0)], tokens)
 
     def _put(self, tokens: Ints, fed: Ints | None, start: Ints, length: Ints, size: int) -> None:
         """The graph's inputs, padded to `size` sequences of one token in a spare row."""
@@ -108,7 +114,7 @@ class CudaEngine(Engine):
     def _mixed_step(self, step: StepInput) -> torch.Tensor:
         # Compiled code is not made for no rows at all.
         rows = step.rows if len(step.rows) else np.zeros(1, np.int32)
-        arrays = (step.tokens, prompt_starts(step), step.start, step.length, rows, known_tokens(step))
+        arrays = (step.tokens, prompt_starts(step), step.start, step.length, rows, places_fed(step))
         return self._prompts(send(arrays, self._cache.device)[1])[:len(step.rows)]
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -81,11 +82,11 @@ class Shape(NamedTuple):
         arrays = (around(step.tokens, 0, np.zeros(behind)), np.concatenate([begins + more, ends]),
                   around(step.start, spare, np.full(places, spare)), around(step.length, 1, np.diff(ends, prepend=end)),
                   np.concatenate([step.rows + more * (step.rows >= singles), np.zeros(self.rows - len(step.rows))]),
-                  around(known_tokens(step), -1, np.full(behind, -1)))
+                  around(places_fed(step), -1, np.full(behind, -1)))
         return [array.astype(np.int32) for array in arrays]
 
 
-def known_tokens(step: StepInput) -> Ints:
+def places_fed(step: StepInput) -> Ints:
     """`fed` of a step, also where the host knows all tokens."""
     return np.full(len(step.tokens), -1, np.int32) if step.fed is None else step.fed
 
@@ -172,5 +173,5 @@ class PaddedSteps:
 
     def _prepare(self, shape: Shape, arrays: Sequence[Ints]) -> Padded:
         packed, inputs = send(arrays, self._device)
-        self._steps[shape] = Padded(packed, lambda: self._run(inputs))
+        self._steps[shape] = Padded(packed, partial(self._run, inputs))
         return self._steps[shape]
