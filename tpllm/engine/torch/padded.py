@@ -149,11 +149,15 @@ class PaddedSteps:
                   if last < longest and size <= TOKENS[-1]]
         if self.singles > 1:
             shapes += [(n, self._sizes[-1]) for n in range(0, min(singles, SINGLES_AT_ONCE) + SINGLES, SINGLES)]
+        ran: set[int] = set()
         # The largest first, so that the others find their memory already there.
         for shape in sorted((Shape.sized(*shape, self._rows) for shape in shapes), reverse=True,
                             key=lambda shape: (shape.tokens, shape.rows)):
+            # Kernels load at their first call. Where those for so many tokens have, the rest needs fewer tokens.
+            few = shape._replace(tokens=min(shape.tokens, TOKENS[-1])) if shape.tokens in ran else shape
+            self._run(send(few.arrays(None, self._spare), self._device)[1])
+            ran.add(shape.tokens)
             padded = self._prepare(shape, shape.arrays(None, self._spare))
-            padded.run()
             padded.captured = self._capture(padded.run)
 
     def step(self, step: StepInput) -> torch.Tensor | None:
