@@ -24,6 +24,7 @@ from tpllm.distributed import World
 from tpllm.engine.base import StepInput
 from tpllm.engine.torch import exchange
 from tpllm.engine.torch.collectives import communicator
+from tpllm.engine.torch.padded import OFTEN
 
 KEPT: list[ModelRunner] = []
 
@@ -58,7 +59,7 @@ def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tens
 
 
 def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """Logits behind every prompt's last token, three times, by steps of the same shapes.
+    """Logits behind every prompt's last token, by steps of the same shapes until graphs of these are made, and after.
 
     First all but the last tokens at once, then the last token of each other prompt, and of the rest up to ten.
     """
@@ -74,7 +75,7 @@ def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Ten
         return dict(zip(which, logits, strict=True))
 
     found = []
-    for _ in range(3):
+    for _ in range(OFTEN + 1):
         step({i: (0, len(p) - 1) for i, p in enumerate(prompts) if len(p) > 1})
         last = step({i: (len(p) - (1 if i % 2 == 0 else min(10, len(p))), len(p)) for i, p in enumerate(prompts)})
         found.append(torch.stack([last[i] for i in range(len(prompts))]))

@@ -25,6 +25,7 @@ from reference import Reference
 from test_gpu import GROUPS, HEAD64, HEAD128, TOLERANCE
 
 from tpllm.cli import main
+from tpllm.engine.torch.padded import OFTEN
 
 GPUS = torch.cuda.device_count()
 SHARED = GPUS == 1 or (GPUS > 1 and os.environ.get("TPLLM_TEST_SHARED") == "1")
@@ -132,10 +133,10 @@ def test_logits(way: str, case: int, made: Made) -> None:
 
 @pytest.mark.parametrize(("way", "case"), CASES, ids=[f"{way}-{IDS[case]}" for way, case in CASES])
 def test_logits_of_steps_that_come_again(way: str, case: int, made: Made) -> None:
-    """As compiled, while their graphs are made, and from these."""
+    """As compiled, when their graphs are made, and from these."""
     found = torch.load(ran(made, way) / f"last logits{case}.pt", map_location="cpu")
     expected = torch.stack([reference(made, case).logits(ids)[-1] for ids in made.prompts(ENGINES[case][1])])
-    assert len(found) == 3
+    assert len(found) > OFTEN
     for logits in found:
         assert ((logits - expected).norm() / expected.norm()).item() < TOLERANCE[ENGINES[case][2]]
 

@@ -6,8 +6,8 @@ answer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ SINGLES = 64  # to a multiple of which sequences with one token are filled up; f
 FEW_SINGLES, FEW_TOKENS = (8, 16, 32), 1024
 SINGLES_AT_ONCE = 512  # beside which full steps have a graph from the start
 MOST_GRAPHS = 96
+OFTEN = 4  # a shape has come, when its graph is made: that takes the host as long as to launch a step a few times
 
 
 def token_sizes(most: int) -> list[int]:
@@ -121,19 +122,17 @@ def send(arrays: Sequence[Ints], device: torch.device) -> tuple[torch.Tensor, li
     return packed, unpack(packed, [len(array) for array in arrays])
 
 
-@dataclass
-class Padded:
-    """Inputs on the GPU for steps of a shape, and the graph that reads them, once it is made."""
+class Padded(NamedTuple):
+    """Inputs on the GPU for steps of a shape, and the graph that reads them."""
 
     packed: torch.Tensor
-    run: Callable[[], torch.Tensor]
-    captured: Captured | None = None
+    captured: Captured
 
 
 class PaddedSteps:
     """Runs steps of up to `most` tokens, padding among them, and `rows` of logits.
 
-    The graph of a shape is made when it comes for the second time: it is of use then, and what it launches has run.
+    Padded also where no graph is made of them, so that the same step gives the same bits each time.
     """
 
     def __init__(self, run: Run, capture: Capture, device: torch.device, spare: int, most: int, rows: int) -> None:
@@ -141,6 +140,7 @@ class PaddedSteps:
         self._sizes = token_sizes(most)
         self.singles = SINGLES if most > TOKENS[-1] else 1  # the engine's
         self._steps: dict[Shape, Padded] = {}
+        self._came: Counter[Shape] = Counter()
 
     def make(self, longest: int, singles: int) -> None:
         """Graphs for prompts of up to `longest` tokens; where steps may be larger, for full ones with up to `singles`
@@ -155,27 +155,29 @@ class PaddedSteps:
                             key=lambda shape: (shape.tokens, shape.rows)):
             # Kernels load at their first call. Where those for so many tokens have, the rest needs fewer tokens.
             few = shape._replace(tokens=min(shape.tokens, TOKENS[-1])) if shape.tokens in ran else shape
-            self._run(send(few.arrays(None, self._spare), self._device)[1])
+            self._run(self._send(few.arrays(None, self._spare))[1])
             ran.add(shape.tokens)
-            padded = self._prepare(shape, shape.arrays(None, self._spare))
-            padded.captured = self._capture(padded.run)
+            self._make(shape)
 
     def step(self, step: StepInput) -> torch.Tensor | None:
-        """Float32 logits `[R, vocab]`; None where there is no graph for such a step, nor will be."""
+        """Float32 logits `[R, vocab]`; None where no shape holds such a step."""
         shape, wanted = Shape.of(step, self._sizes, self._rows), len(step.rows)
-        if shape is None or (shape not in self._steps and len(self._steps) >= MOST_GRAPHS):
+        if shape is None:
             return None
         arrays = shape.arrays(step, self._spare)
         if shape not in self._steps:
-            return self._prepare(shape, arrays).run()[:wanted]
-        padded = self._steps[shape]
-        padded.packed.copy_(pack_pinned(arrays, self._device), non_blocking=True)
-        if padded.captured is None:
-            padded.captured = self._capture(padded.run)
-        padded.captured.replay()
-        return padded.captured.logits[:wanted].clone()  # the graph's own are overwritten by the next step
+            self._came[shape] += 1
+            if self._came[shape] < OFTEN or len(self._steps) >= MOST_GRAPHS:
+                return self._run(self._send(arrays)[1])[:wanted]
+            self._make(shape)
+        packed, captured = self._steps[shape]
+        packed.copy_(pack_pinned(arrays, self._device), non_blocking=True)
+        captured.replay()
+        return captured.logits[:wanted].clone()  # the graph's own are overwritten by the next step
 
-    def _prepare(self, shape: Shape, arrays: Sequence[Ints]) -> Padded:
-        packed, inputs = send(arrays, self._device)
-        self._steps[shape] = Padded(packed, partial(self._run, inputs))
-        return self._steps[shape]
+    def _make(self, shape: Shape) -> None:
+        packed, inputs = self._send(shape.arrays(None, self._spare))
+        self._steps[shape] = Padded(packed, self._capture(partial(self._run, inputs)))
+
+    def _send(self, arrays: Sequence[Ints]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return send(arrays, self._device)
