@@ -30,7 +30,9 @@ SINGLES = 64  # to a multiple of which sequences with one token are filled up; f
 FEW_SINGLES, FEW_TOKENS = (8, 16, 32), 1024
 SINGLES_AT_ONCE = 512  # beside which full steps have a graph from the start
 MOST_GRAPHS = 96
-OFTEN = 4  # a shape has come, when its graph is made: that takes the host as long as to launch a step a few times
+# How many times a shape comes until it gets a graph, which takes the host as long as a few launches: of prompts alone,
+# and beside sequences that decode, where the GPU may be as busy as the host.
+SOON, OFTEN = 2, 4
 
 
 def token_sizes(most: int) -> list[int]:
@@ -167,7 +169,7 @@ class PaddedSteps:
         arrays = shape.arrays(step, self._spare)
         if shape not in self._steps:
             self._came[shape] += 1
-            if self._came[shape] < OFTEN or len(self._steps) >= MOST_GRAPHS:
+            if self._came[shape] < (OFTEN if shape.singles else SOON) or len(self._steps) >= MOST_GRAPHS:
                 return self._run(self._send(arrays)[1])[:wanted]
             self._make(shape)
         packed, captured = self._steps[shape]
