@@ -63,7 +63,7 @@ def test_the_name_resolves(name: str) -> None:
 
 def test_symmetric_memory_has_what_peers_use() -> None:
     handle = resolve("torch._C._distributed_c10d._SymmetricMemory")
-    assert {"buffer_ptrs", "get_buffer", "put_signal", "wait_signal"} <= set(dir(handle))
+    assert {"buffer_ptrs", "empty_strided_p2p", "get_buffer", "put_signal", "wait_signal"} <= set(dir(handle))
 
 
 def test_the_compiler_takes_our_arguments_and_options() -> None:
@@ -129,8 +129,14 @@ def test_no_other_module_uses_a_private_name_of_torch() -> None:
 
 
 def test_loading_does_not_import_the_compiler() -> None:
-    """The reason for the private loader: its public twin would import all of Inductor."""
-    code = ("import sys, tpllm.engine.torch.private as p\n"
+    """The reason for the private names: their public twins would import all of Inductor, or SymPy."""
+    code = ("import sys, torch, torch.distributed._symmetric_memory as memory, tpllm.engine.torch.private as p\n"
             "from torch._C._aoti import AOTIModelPackageLoader\n"
-            "assert 'torch._inductor.compile_fx' not in sys.modules\n")  # fmt: skip
+            "class Fake:\n"
+            "    empty_strided_p2p = staticmethod(lambda *args: torch.empty_strided(args[0], args[1], dtype=args[2]))\n"
+            "torch._C._distributed_c10d._SymmetricMemory = Fake\n"
+            "memory.rendezvous, p.world_group = lambda *args: None, lambda: None\n"
+            "tensor, _ = p.symmetric_memory((2, 3, 4), torch.float16, torch.device('cpu'))\n"
+            "assert tensor.shape == (2, 3, 4) and tensor.is_contiguous() and tensor.dtype == torch.float16\n"
+            "assert not {'torch._inductor.compile_fx', 'sympy'} & sys.modules.keys()\n")
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})

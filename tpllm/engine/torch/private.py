@@ -130,7 +130,9 @@ def symmetric_memory(shape: tuple[int, ...], dtype: torch.dtype,
     """Memory that all ranks of the process group reach; collective."""
     import torch.distributed._symmetric_memory
 
-    tensor = torch.distributed._symmetric_memory.empty(shape, dtype=dtype, device=device)
+    strides = torch.empty(shape, device="meta").stride()
+    # PyTorch's own `empty` would import SymPy first, to check the shape.
+    tensor = torch._C._distributed_c10d._SymmetricMemory.empty_strided_p2p(shape, strides, dtype, device)
     return tensor, Peers(torch.distributed._symmetric_memory.rendezvous(tensor, world_group()))
 
 
