@@ -27,6 +27,7 @@ from typing import Any
 
 from tpllm.bench import commit, processor_name
 from tpllm.engine.base import versions
+from tpllm.runlog import date
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
@@ -87,7 +88,7 @@ def measure(args: argparse.Namespace, scratch: Path, tp_size: int, workers: int,
     return record | {
         "load_average": [min(loads), max(loads)], "device": processor_name(), "hosts": 1, "versions": versions(),
         "commit": commit(), "command": shlex.join(["python", "launch/compare_convert.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        "date": date()}
 
 
 def prepare(source: Path, cache: str) -> float:

@@ -13,7 +13,6 @@ import argparse
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -25,6 +24,7 @@ import torch
 from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.kernels import gemv, gemv_quantized, int4
 from tpllm.records import append_record
+from tpllm.runlog import date
 
 BYTES, REPEATS = 400 << 20, 5
 TILES = {"bf16": list(product((2, 4), (2, 4, 8))), "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
@@ -103,7 +103,7 @@ def record_of(kind: str, name: str, size: int, took: dict[tuple[int, int], float
             "bytes": size, "us": {f"{rows} rows, {warps} warps": round(us, 2) for (rows, warps), us in took.items()},
             "device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__},
             "command": " ".join(["launch/sweep_products.py", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            "date": date()}
 
 
 def main() -> None:

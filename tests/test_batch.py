@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from built import MAX_BATCH, Build, Built, random_ids
-from conftest import mpirun
+from conftest import mpirun, mpirun_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import LLAMA2_MHA, make_meta_dir
@@ -32,7 +32,6 @@ from tpllm.inputs import Request, parse_line
 from tpllm.sampling import SamplingParams
 
 Lines = list[dict[str, Any]]
-LAUNCHER = [str(Path(sys.executable).with_name("mpirun")), "--bind-to", "none", "--oversubscribe", "-n", "2"]
 
 
 def read(path: Path) -> Lines:
@@ -122,7 +121,7 @@ def wait_for_lines(process: subprocess.Popen[str], output: Path, count: int) -> 
 def test_killed_at_random_moments(two: SimpleNamespace, tmp_path: Path, kills: int) -> None:
     """One rank or all of the job, by SIGKILL: after all the resumptions the answers are those of one calm run."""
     output, chance = tmp_path / "out.jsonl", random.Random(kills)
-    command = [*LAUNCHER, sys.executable, *two.argv, "--output-file", str(output), "--resume"]
+    command = mpirun_command(2, [*two.argv, "--output-file", str(output), "--resume"])
     done = 0
     for number in range(kills):
         mark = f"batch-{os.getpid()}-{number}"
@@ -153,14 +152,14 @@ def test_the_refused_lines_of_the_calm_run(two: SimpleNamespace) -> None:
     assert "65 tokens, the engine allows 64" in two.errors[0]["error"] and "line 4" in two.errors[1]["error"]
 
 
-@pytest.mark.parametrize(("number", "command"), [
-    (signal.SIGUSR1, LAUNCHER + [sys.executable]),
-    (signal.SIGTERM, [sys.executable, "-m", "tpllm", "launch", "-n", "2"])], ids=["mpirun", "launch"])
-def test_a_signal_drains(two: SimpleNamespace, tmp_path: Path, number: int, command: list[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["mpirun", "launch"])
+def test_a_signal_drains(two: SimpleNamespace, tmp_path: Path, number: int) -> None:
     """SIGUSR1 to mpirun, SIGTERM to launch: no new prompts, what runs is finished, exit code 75."""
     output, mark = tmp_path / "out.jsonl", f"drain-{os.getpid()}-{number}"
-    argv = two.argv if "launch" not in command else two.argv[2:]
-    with started([*command, *argv, "--output-file", str(output)], mark) as process:
+    command = mpirun_command(2, [*two.argv, "--output-file", str(output)])
+    if number == signal.SIGTERM:
+        command = [sys.executable, "-m", "tpllm", "launch", "-n", "2", *command[command.index("tpllm") + 1:]]
+    with started(command, mark) as process:
         wait_for_lines(process, output, 5)
         process.send_signal(number)
         begun = time.monotonic()

@@ -30,6 +30,7 @@ from tpllm.engine.base import BuildConfig, EngineConfig, versions
 from tpllm.errors import UsageError
 from tpllm.mapping import Mapping
 from tpllm.nvml import clocks, joules, topology
+from tpllm.runlog import date
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
 
@@ -296,7 +297,7 @@ def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, An
             "cores_per_host": len(os.sched_getaffinity(0)), "cpu_pressure": cpu_pressure(),
             "clocks": clocks(world), "topology": topology(world), "sums_in_parts": parts_path(),
             "versions": config.versions, "commit": commit(), "command": shlex.join(["tpllm", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            "date": date()}
 
 
 def processor_name() -> str:

@@ -25,6 +25,11 @@ def package_version(name: str) -> str:
         return "missing"
 
 
+def date(seconds: float | None = None) -> str:
+    """Of a time since the epoch, now if none, as records have it: local, with its offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
 def run_directory(root: Path, verb: str) -> Path:
     """`<root>/<verb>-<Slurm job, or the time>`."""
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")

@@ -14,7 +14,7 @@ from tpllm.distributed import SharedError, World
 from tpllm.doctor import preflight
 from tpllm.errors import RankError, TpllmError
 from tpllm.launched import leave_mark
-from tpllm.runlog import RankLog, installed_versions, run_directory
+from tpllm.runlog import RankLog, date, installed_versions, run_directory
 from tpllm.settings import DEFAULTS, setting
 
 
@@ -54,7 +54,7 @@ def with_world(args: argparse.Namespace, work: Callable[[World], int], checked: 
         if world.is_first:
             world.log.record(verb=args.verb, command=shlex.join(sys.argv), exit_code=code,
                              ranks=[vars(place) for place in world.places],
-                             date=time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+                             date=date(started),
                              seconds=round(time.time() - started, 3), versions=installed_versions())
     return code
 

@@ -23,6 +23,7 @@ from tpllm.files import source_key
 from tpllm.launch.machine import program
 from tpllm.records import append_record, read_records
 from tpllm.report.tables import fits
+from tpllm.runlog import date
 from tpllm.settings import setting
 
 HELP = "measure a model at several tp sizes and write a report of how it scales"
@@ -316,7 +317,3 @@ def last_line(text: str) -> str:
     """What ended a command: the last line that is tpllm's own error, else the last of all."""
     lines = [line.strip() for line in text.replace("\0", "").splitlines() if line.strip()]
     return ([line for line in lines if line.startswith("tpllm: ")] or lines or ["it said nothing"])[-1]
-
-
-def date() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
