@@ -29,56 +29,54 @@ from tpllm.engine.torch.padded import OFTEN
 KEPT: list[ModelRunner] = []
 
 
+def step(runner: ModelRunner, prompts: list[list[int]], bounds: dict[int, tuple[int, int]],
+         last: bool = False) -> dict[int, torch.Tensor]:
+    """One step of the tokens of prompts that lie within `bounds`; logits after each of them, or after the last one.
+
+    In the cache the prompts lie side by side, with a few rows between.
+    """
+    starts = [sum(len(p) + 3 for p in prompts[:i]) for i in range(len(prompts))]
+    tokens = [t for i, (first, stop) in bounds.items() for t in prompts[i][first:stop]]
+    sizes = [stop - first for first, stop in bounds.values()]
+    ends = np.cumsum([0, *sizes], dtype=np.int32)
+    logits = runner.engine.step(StepInput(
+        np.array(tokens, np.int32), ends, np.array([starts[i] for i in bounds], np.int32),
+        np.array([stop for _, stop in bounds.values()], np.int32),
+        ends[1:] - 1 if last else np.arange(len(tokens), dtype=np.int32)))
+    parts = logits.split([1] * len(sizes) if last else sizes)
+    return {i: part.clone() for i, part in zip(bounds, parts, strict=True)}
+
+
 def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
     """Logits of every position of every prompt.
 
     Each prompt is fed in three steps of different kinds: all prompts' first parts packed into one ragged step,
     then the middles likewise, then the last tokens one prompt at a time, as decode does.
     """
-    cuts = [(len(p) // 2, len(p) - 1) for p in prompts]
-    starts = [sum(len(p) + 3 for p in prompts[:i]) for i in range(len(prompts))]
+    cuts = {i: (len(p) // 2, len(p) - 1) for i, p in enumerate(prompts)}
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
-
-    def step(which: list[int], bounds: list[tuple[int, int]]) -> None:
-        which = [i for i in which if bounds[i][1] > bounds[i][0]]
-        sizes = [bounds[i][1] - bounds[i][0] for i in which]
-        tokens = [t for i in which for t in prompts[i][bounds[i][0]:bounds[i][1]]]
-        logits = runner.engine.step(StepInput(
-            np.array(tokens, np.int32), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32),
-            np.array([starts[i] for i in which], np.int32), np.array([bounds[i][1] for i in which], np.int32),
-            np.arange(len(tokens), dtype=np.int32)))
-        for i, part in zip(which, logits.split(sizes), strict=True):
-            found[i].append(part.clone())
-
-    everyone = list(range(len(prompts)))
-    step(everyone, [(0, first) for first, _ in cuts])
-    step(everyone, cuts)
-    for i in everyone:
-        step([i], [(last, last + 1) for _, last in cuts])
+    for bounds in ({i: (0, first) for i, (first, _) in cuts.items()}, cuts,
+                   *({i: (last, last + 1)} for i, (_, last) in cuts.items())):
+        for i, part in step(runner, prompts, {i: (a, b) for i, (a, b) in bounds.items() if b > a}).items():
+            found[i].append(part)
     return [torch.cat(parts) for parts in found]
 
 
 def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
     """Logits behind every prompt's last token, by steps of the same shapes until graphs of these are made, and after.
 
-    First all but the last tokens at once, then the last token of each other prompt, and of the rest up to ten.
+    First all but the last tokens at once, then the last token of each other prompt, and of the rest up to ten; parts
+    of one token first.
     """
-    starts = [sum(len(p) + 3 for p in prompts[:i]) for i in range(len(prompts))]
-
-    def step(bounds: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
-        which = sorted(bounds, key=lambda i: bounds[i][1] - bounds[i][0] > 1)
-        ends = np.cumsum([0, *(bounds[i][1] - bounds[i][0] for i in which)])
-        logits = runner.engine.step(StepInput(
-            np.array([t for i in which for t in prompts[i][slice(*bounds[i])]], np.int32), ends.astype(np.int32),
-            np.array([starts[i] for i in which], np.int32), np.array([bounds[i][1] for i in which], np.int32),
-            (ends[1:] - 1).astype(np.int32)))
-        return dict(zip(which, logits, strict=True))
-
+    before = {i: (0, len(p) - 1) for i, p in enumerate(prompts) if len(p) > 1}
+    ends = {i: (len(p) - (1 if i % 2 == 0 else min(10, len(p))), len(p)) for i, p in enumerate(prompts)}
+    before, ends = (dict(sorted(bounds.items(), key=lambda part: part[1][1] - part[1][0] > 1))
+                    for bounds in (before, ends))
     found = []
     for _ in range(OFTEN + 1):
-        step({i: (0, len(p) - 1) for i, p in enumerate(prompts) if len(p) > 1})
-        last = step({i: (len(p) - (1 if i % 2 == 0 else min(10, len(p))), len(p)) for i, p in enumerate(prompts)})
-        found.append(torch.stack([last[i] for i in range(len(prompts))]))
+        step(runner, prompts, before, last=True)
+        last = step(runner, prompts, ends, last=True)
+        found.append(torch.cat([last[i] for i in range(len(prompts))]))
     return found
 
 

@@ -156,10 +156,9 @@ def test_the_refused_lines_of_the_calm_run(two: SimpleNamespace) -> None:
 def test_a_signal_drains(two: SimpleNamespace, tmp_path: Path, number: int) -> None:
     """SIGUSR1 to mpirun, SIGTERM to launch: no new prompts, what runs is finished, exit code 75."""
     output, mark = tmp_path / "out.jsonl", f"drain-{os.getpid()}-{number}"
-    command = mpirun_command(2, [*two.argv, "--output-file", str(output)])
-    if number == signal.SIGTERM:
-        command = [sys.executable, "-m", "tpllm", "launch", "-n", "2", *command[command.index("tpllm") + 1:]]
-    with started(command, mark) as process:
+    command = (mpirun_command(2, two.argv) if number == signal.SIGUSR1
+               else [sys.executable, "-m", "tpllm", "launch", "-n", "2", *two.argv[2:]])
+    with started([*command, "--output-file", str(output)], mark) as process:
         wait_for_lines(process, output, 5)
         process.send_signal(number)
         begun = time.monotonic()

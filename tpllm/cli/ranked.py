@@ -54,8 +54,7 @@ def with_world(args: argparse.Namespace, work: Callable[[World], int], checked: 
         if world.is_first:
             world.log.record(verb=args.verb, command=shlex.join(sys.argv), exit_code=code,
                              ranks=[vars(place) for place in world.places],
-                             date=date(started),
-                             seconds=round(time.time() - started, 3), versions=installed_versions())
+                             date=date(started), seconds=round(time.time() - started, 3), versions=installed_versions())
     return code
 
 

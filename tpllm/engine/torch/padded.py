@@ -20,6 +20,7 @@ from tpllm.engine.base import StepInput
 from tpllm.engine.torch.base import prompt_starts
 from tpllm.engine.torch.graphs import Capture, Captured
 from tpllm.engine.torch.memory import SPARE_ROWS
+from tpllm.mapping import padded
 
 Ints = NDArray[np.int32]
 # Tokens, first tokens of prompts, first cache rows, lengths, rows of logits, places among fed tokens or -1.
@@ -60,9 +61,9 @@ class Shape(NamedTuple):
         prompts = len(prompt_starts(step)) - 1
         singles = len(step.start) - prompts
         few = FEW_SINGLES if len(step.tokens) <= FEW_TOKENS else ()
-        padded = next((n for n in (0, *few) if n >= singles), -(-singles // SINGLES) * SINGLES)
-        needed = padded - singles + len(step.tokens)
-        found = next((cls.sized(padded, size, most_rows) for size in sizes if size >= needed), None)
+        filled = next((n for n in (0, *few) if n >= singles), padded(singles, SINGLES))
+        needed = filled - singles + len(step.tokens)
+        found = next((cls.sized(filled, size, most_rows) for size in sizes if size >= needed), None)
         if found is None or len(step.rows) > found.rows:
             return None
         return found if prompts + -(-(found.tokens - needed) // SPARE_ROWS) <= found.prompts else None
@@ -95,7 +96,7 @@ def places_fed(step: StepInput) -> Ints:
 
 
 def aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return padded(count, ALIGNMENT)
 
 
 def pack(arrays: Sequence[Ints]) -> Ints:
@@ -157,7 +158,7 @@ class PaddedSteps:
                             key=lambda shape: (shape.tokens, shape.rows)):
             # Kernels load at their first call. Where those for so many tokens have, the rest needs fewer tokens.
             few = shape._replace(tokens=min(shape.tokens, TOKENS[-1])) if shape.tokens in ran else shape
-            self._run(self._send(few.arrays(None, self._spare))[1])
+            self._run(send(few.arrays(None, self._spare), self._device)[1])
             ran.add(shape.tokens)
             self._make(shape)
 
@@ -170,7 +171,7 @@ class PaddedSteps:
         if shape not in self._steps:
             self._came[shape] += 1
             if self._came[shape] < (OFTEN if shape.singles else SOON) or len(self._steps) >= MOST_GRAPHS:
-                return self._run(self._send(arrays)[1])[:wanted]
+                return self._run(send(arrays, self._device)[1])[:wanted]
             self._make(shape)
         packed, captured = self._steps[shape]
         packed.copy_(pack_pinned(arrays, self._device), non_blocking=True)
@@ -178,8 +179,5 @@ class PaddedSteps:
         return captured.logits[:wanted].clone()  # the graph's own are overwritten by the next step
 
     def _make(self, shape: Shape) -> None:
-        packed, inputs = self._send(shape.arrays(None, self._spare))
+        packed, inputs = send(shape.arrays(None, self._spare), self._device)
         self._steps[shape] = Padded(packed, self._capture(partial(self._run, inputs)))
-
-    def _send(self, arrays: Sequence[Ints]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return send(arrays, self._device)
