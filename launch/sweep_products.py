@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Products of one row on this machine's GPU: tiles of a program, for the matrices of published shapes.
 
-What `tile_of` in `tpllm/engine/torch/kernels` takes is the fastest over these. Each is timed in a CUDA graph over so
-many matrices of its shape that none is read from a cache. Run it with a Python that has PyTorch for CUDA:
+The `TILES` in `tpllm/engine/torch/kernels` are the fastest of these, or close to it. Each is timed in a CUDA graph over
+so many matrices of its shape that none is read from a cache. Run it with a Python that has PyTorch for CUDA:
 
     PYTHONPATH=. python3 launch/sweep_products.py --output-file build/products.jsonl
 """
@@ -27,7 +27,7 @@ from tpllm.records import append_record
 from tpllm.runlog import date
 
 BYTES, REPEATS = 400 << 20, 5
-TILES = {"bf16": list(product((2, 4), (2, 4, 8))), "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
+TILES = {"bf16": [*product((2, 4, 8), (4, 8)), (16, 8)], "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
          "int4": list(product((16, 32), (4, 8, 16)))}
 
 
@@ -75,8 +75,7 @@ def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Wei
     rest = (norm, 1e-5, None if matrix.norm else residual, matrix.swiglu)
 
     def run() -> None:
-        rows, warps = tile
-        tiles.tile_of = lambda *_: gemv.Tile(rows // (1 + matrix.swiglu), warps)  # type: ignore[attr-defined]
+        tiles.TILES = {1 << 31: tile}
         for each in weights:
             module.gemv(x, *each, *rest)
 

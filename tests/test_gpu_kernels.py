@@ -21,11 +21,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """All modules of kernels that need no second GPU."""
     need_kernels()
-    from tpllm.engine.torch.kernels import decode, gemv, norm, rotate
+    from tpllm.engine.torch.kernels import decode, gemv, norm, peers, push, rotate
 
     if INTERPRETED:
-        monkeypatch.setattr(gemv, "launches_early", lambda device: False)
-    return SimpleNamespace(decode=decode, gemv=gemv, norm=norm, rotate=rotate)
+        for module in (gemv, push):
+            monkeypatch.setattr(module, "launches_early", lambda device: False)
+    return SimpleNamespace(decode=decode, gemv=gemv, norm=norm, peers=peers, push=push, rotate=rotate)
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -39,11 +40,11 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("few", [1, 1 << 30])
-@pytest.mark.parametrize(("rows", "columns"), [(7, 33), (12, 1024), (6, 2752)])
-def test_products_of_one_row(rows: int, columns: int, few: int, dtype: torch.dtype, kernels: Any,
+@pytest.mark.parametrize("tile", [(8, 8), (4, 4), (4, 8)])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 33), (12, 1024), (6, 2752), (8, 4096)])
+def test_products_of_one_row(rows: int, columns: int, tile: tuple[int, int], dtype: torch.dtype, kernels: Any,
                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.gemv, "FEW_PROGRAMS", few)
+    monkeypatch.setattr(kernels.gemv, "TILES", {1 << 31: tile})
     torch.manual_seed(rows)
     x, weight, norm = (torch.randn(shape).to(dtype) for shape in ((1, columns), (2 * rows, columns), (columns,)))
     weight /= columns**0.5
@@ -108,6 +109,36 @@ def test_residual_and_norm_of_shares(rank: int, kernels: Any) -> None:
     expected = shares[:, :4].double().sum(0) + residual.double()
     close(out[0, 2:6], expected, torch.float32)
     close(out[1, 2:6], rms_norm(expected, weight.double()), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (2, 4)])
+def test_sums_with_what_peers_have_sent(rank: int, ranks: int, dtype: torch.dtype, kernels: Any) -> None:
+    """One rank's side of four rounds, in which the others were earlier."""
+    torch.manual_seed(rank)
+    rows, room, width, others = 3, 5, 96, [other for other in range(ranks) if other != rank]
+    parts = [torch.full((kernels.peers.SETS, ranks, room, width), -0.0, dtype=dtype, device=DEVICE)
+             for _ in range(ranks)]
+    buffers = kernels.peers.make_buffers(parts[rank], [part.data_ptr() for part in parts], rank)
+    for number in range(4):
+        addends, residual, weight = (torch.randn(shape).to(dtype)
+                                     for shape in ((ranks, rows, width), (rows, width), (width,)))
+        addends[:, 0, :7] = -0.0  # what an empty place holds
+        now, before = (parts[rank][(number + turn) % 3, :, :rows] for turn in (0, 2))
+        now[others] = addends[others].to(DEVICE).abs() * addends[others].to(DEVICE).sign()
+        x, expected = addends[rank].to(DEVICE), addends.double().sum(0)
+        if number == 2:
+            close(kernels.push.push_all_reduce(x, buffers), expected, dtype)
+        else:
+            found = kernels.push.push_all_reduce_add_norm(x, residual.to(DEVICE), weight.to(DEVICE), 1e-5, buffers)
+            close(found[0], expected + residual.double(), dtype)
+            close(found[1], rms_norm(expected + residual.double(), weight.double()), dtype)
+        for other in others:
+            sent = parts[other][number % 3, rank, :rows]
+            assert torch.equal(sent, x) and not (sent.signbit() & (sent == 0)).any()
+        assert ((before[others] == 0) & before[others].signbit()).all(), "not emptied for the round after the next"
+    assert buffers.rounds.tolist() == [4] * rows + [0] * (room - rows)
 
 
 @pytest.mark.gpu

@@ -25,8 +25,8 @@ from tpllm.sampling import SamplingParams
 ALGOS = ["W8A16", "W4A16"]
 # of ‖found - expected‖ / ‖expected‖; int4 sums carry a constant that is taken off at the end
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
-# Rows, columns: short and several groups, widths that no tile divides, and those of 7B at tp 4 and 1.
-SIZES = [(8, 33), (10, 128), (14, 300), (24, 1376), (6, 2752), (4, 11008)]
+# Rows, columns: short and several groups, widths that no tile divides, those of 7B at tp 4 and 1, and whole tiles.
+SIZES = [(8, 33), (10, 128), (14, 300), (24, 1376), (6, 2752), (4, 11008), (16, 4096)]
 
 
 def make(rows: int, columns: int, dtype: str, algo: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,13 +75,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("few", [1, 1 << 30])
+@pytest.mark.parametrize(("algo", "tile"), [("W4A16", None), *(("W8A16", tile) for tile in [(4, 4), (16, 4), (4, 2)])])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("algo", ALGOS)
-def test_one_row(algo: str, dtype: str, few: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row(algo: str, dtype: str, tile: tuple[int, int] | None, kernels: Any,
+                 monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED and algo == "W4A16" and dtype == "bfloat16":
         pytest.skip("the interpreter multiplies bits of bfloat16 as integers")
-    monkeypatch.setattr(kernels, "FEW_PROGRAMS", few)
+    if tile:
+        monkeypatch.setattr(kernels, "TILES", {1 << 31: tile})
     torch.manual_seed(1)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -100,7 +101,7 @@ def test_one_row(algo: str, dtype: str, few: int, kernels: Any, monkeypatch: pyt
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(2, 16), (2, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (32, 8), (32, 4)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_tiles_of_int4(dtype: str, tile: tuple[int, int], kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED and dtype == "bfloat16":

@@ -7,7 +7,7 @@ reads its first weights, while the one before it still runs, and waits for it on
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels.peers import Buffers, send
 
-FEW_PROGRAMS = 4096  # below these each has more warps: enough loads must be under way
 NUMBERS = 8  # of each row in a program's tile, for each of its threads
+# By how many rows the matrix has, at most: those of a program and its warps.
+TILES = {4096: (8, 8), 8192: (4, 4), 1 << 31: (4, 8)}
 
 
 class Tile(NamedTuple):
@@ -28,65 +29,83 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _weights(pointers, rows, columns, N, K):
-    """A tile of the matrix, zeros beyond its edges; nobody reads it again in this step."""
+def _weights(pointers, rows, columns, N, K, WHOLE: tl.constexpr):
+    """A tile of the matrix, zeros beyond its edges, if it has any; nobody reads it again in this step."""
+    if WHOLE:
+        return tl.load(pointers, eviction_policy="evict_first")
     mask = (rows < N)[:, None] & (columns < K)[None, :]
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _finish(result, gate, squares, residual, out, place, mask, K, epsilon, NORM: tl.constexpr,
-            RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr):
-    """Store sums, of which `gate` are those of SwiGLU's second half; what was stored."""
+def _products(tile, row, NUMBERS: tl.constexpr):
+    """Of a tile and a row, for each of the tile's rows and each thread the sum of its own."""
+    products = tile.to(tl.float32) * row[None, :]
+    return tl.sum(tl.reshape(products, [tile.shape[0], tile.shape[1] // NUMBERS, NUMBERS]), 2)
+
+
+@triton.jit
+def _finish(result, gate, squares, left, out, place, mask, K, epsilon, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+            SWIGLU: tl.constexpr):
+    """Store sums, of which `gate` are those of SwiGLU's second half, plus the residual's `left`; what was stored."""
     scale = tl.rsqrt(squares / K + epsilon) if NORM else 1.0
     result *= scale
     if SWIGLU:
         result = result / (1.0 + tl.exp(-result)) * (gate * scale)
     if RESIDUAL:
-        result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        result += left.to(tl.float32)
     result = result.to(out.dtype.element_ty)
     tl.store(out + place, result, mask=mask)
     return result
 
 
 @triton.jit
-def _gemv(x, w, scales, norm, residual, out, N, K, epsilon, addresses, rounds, SCALED: tl.constexpr,
-          NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr = 0, RANKS: tl.constexpr = 1,
-          ROWS: tl.constexpr = 1):
-    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too."""
-    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    pointers = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    other = pointers + N.to(tl.int64) * K  # SwiGLU: the second half of the rows
+def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, addresses, rounds, SCALED: tl.constexpr,
+          NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr, RANK: tl.constexpr = 0,
+          RANKS: tl.constexpr = 1, ROWS: tl.constexpr = 1):
+    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too.
+
+    K is a constant, so that a thread's addresses are one and its distances from it: the registers hold weights instead.
+    """
+    first, columns = tl.program_id(0) * BLOCK_N, tl.arange(0, BLOCK_K)
+    rows = first + tl.arange(0, BLOCK_N)
+    within = tl.arange(0, BLOCK_N)[:, None] * K + columns[None, :]
+    pointers = w + first.to(tl.int64) * K + within
+    other = w + (N + first).to(tl.int64) * K + within  # SwiGLU: the second half of the rows
     if EARLY:
         gdc_launch_dependents()
-    tile = _weights(pointers, rows, columns, N, K)
-    tile2 = _weights(other, rows, columns, N, K) if SWIGLU else tile
+    tile = _weights(pointers, rows, columns, N, K, WHOLE)
+    tile2 = _weights(other, rows, columns, N, K, WHOLE) if SWIGLU else tile
     scale = tl.load(scales + rows, mask=rows < N, other=0.0) if SCALED else 1.0
     scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0) if SCALED and SWIGLU else scale
     if EARLY:
         gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_K // NUMBERS], tl.float32)
+    acc2, squares = acc, tl.zeros([BLOCK_K], tl.float32)
+    left = tl.load(residual + rows, mask=rows < N, other=0.0) if RESIDUAL else 0.0
+    round = tl.load(rounds) if RANKS > 1 else 0
+    next = tl.load(x + columns, mask=columns < K, other=0.0)
     for k in range(0, K, BLOCK_K):
-        inside = k + columns < K
-        row = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
+        row, after = next.to(tl.float32), k + BLOCK_K
+        next = tl.load(x + after + columns, mask=after + columns < K, other=0.0)
         if NORM:
             squares += row * row
-            row *= tl.load(norm + k + columns, mask=inside, other=0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * row[None, :]
-        tile = _weights(pointers + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+            row *= tl.load(norm + k + columns, mask=k + columns < K, other=0.0).to(tl.float32)
+        acc += _products(tile, row, NUMBERS)
         if SWIGLU:
-            acc2 += tile2.to(tl.float32) * row[None, :]
-            tile2 = _weights(other + k + BLOCK_K, rows, k + BLOCK_K + columns, N, K)
+            acc2 += _products(tile2, row, NUMBERS)
+        if after < K:
+            tile = _weights(pointers + after, rows, after + columns, N, K, WHOLE)
+            if SWIGLU:
+                tile2 = _weights(other + after, rows, after + columns, N, K, WHOLE)
     result, gate = tl.sum(acc, 1), tl.sum(acc2, 1)
     if SCALED:
         result *= scale
         gate *= scale2
-    result = _finish(result, gate, tl.sum(squares, 0), residual, out, rows, rows < N, K, epsilon, NORM, RESIDUAL,
-                     SWIGLU)
+    result = _finish(result, gate, tl.sum(squares, 0), left, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
     if RANKS > 1:
-        send(result, rows, rows < N, addresses, tl.load(rounds), N, RANK, RANKS, ROWS)
+        send(result, rows, rows < N, addresses, round, N, RANK, RANKS, ROWS)
 
 
 @cache
@@ -95,10 +114,19 @@ def launches_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def tile_of(size: int, swiglu: bool) -> Tile:
-    """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
-    results = 1 if swiglu else 2
-    return Tile(results, 4 if triton.cdiv(size, results) < FEW_PROGRAMS else 2)
+def tile_of(tiles: dict[int, tuple[int, int]], size: int, swiglu: bool) -> Tile:
+    """What is fastest for so many results on an H200 (`launch/sweep_products.py`), of one of the kernels' `TILES`."""
+    rows, warps = next(tile for most, tile in tiles.items() if size * (1 + swiglu) <= most)
+    return Tile(rows // (1 + swiglu), warps)
+
+
+def tile_options(size: int, columns: int, tile: Tile) -> dict[str, Any]:
+    """What `_gemv` is compiled for beside what it does."""
+    # Of short rows so many threads that each has something to load while it multiplies.
+    warps = min(tile.warps, max(1, triton.next_power_of_2(columns // (64 * NUMBERS))))
+    block = 32 * warps * NUMBERS
+    return {"WHOLE": size % tile.results == 0 and columns % block == 0, "BLOCK_N": tile.results, "BLOCK_K": block,
+            "NUMBERS": NUMBERS, "num_warps": warps}
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
@@ -108,14 +136,13 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half. With `peers` it is also sent to
     their buffers, where `push_all_reduce_add_norm` must look for it next.
     """
-    size = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], weight.shape[1]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early, (results, warps) = launches_early(x.device), tile_of(size, swiglu)
+    early, tile = launches_early(x.device), tile_of(TILES, size, swiglu)
     ranks = {} if peers is None else {"RANK": peers.rank, "RANKS": len(peers.addresses), "ROWS": peers.rows}
     theirs = (out, out) if peers is None else (peers.addresses, peers.rounds)
-    _gemv[(triton.cdiv(size, results),)](
+    _gemv[(triton.cdiv(size, tile.results),)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
-        weight.shape[1], epsilon, *theirs, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None,
-        SWIGLU=swiglu, EARLY=early, BLOCK_N=results, BLOCK_K=32 * warps * NUMBERS, num_warps=warps, launch_pdl=early,
-        **ranks)
+        columns, epsilon, *theirs, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None,
+        SWIGLU=swiglu, EARLY=early, launch_pdl=early, **tile_options(size, columns, tile), **ranks)
     return out

@@ -14,11 +14,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import int4
-from tpllm.engine.torch.kernels.gemv import Tile, _finish, _gemv, _weights, launches_early
+from tpllm.engine.torch.kernels.gemv import _finish, _gemv, _weights, launches_early, tile_of, tile_options
 from tpllm.engine.torch.kernels.int4 import _pairs
 
-FEW_PROGRAMS = 2048  # below these each has more warps: enough loads must be under way
 WORDS = 4  # of each row in a program's tile, for each of its threads
+# As in gemv.py.
+TILES = {4096: (4, 4), 8192: (16, 4), 16384: (16, 2), 1 << 31: (4, 2)}
 HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
 FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
 FULL = 256  # programs of such a product that keep a GPU busy
@@ -43,34 +44,37 @@ def _byte(words, top, i: tl.constexpr):
 
 
 @triton.jit
-def _add_bytes(acc, words, top, a, b, c, d):
-    """`acc` plus the products of each word's four numbers, the constant in each with them."""
-    acc += _byte(words, top, 0) * a[None, :]
-    acc += _byte(words, top, 1) * b[None, :]
-    acc += _byte(words, top, 2) * c[None, :]
-    acc += _byte(words, top, 3) * d[None, :]
-    return acc
+def _sum_bytes(words, top, a, b, c, d, WORDS: tl.constexpr):
+    """As `gemv._products`: the sums of a thread's words' numbers times a row's, the constant in each with them."""
+    products = _byte(words, top, 0) * a[None, :]
+    products += _byte(words, top, 1) * b[None, :]
+    products += _byte(words, top, 2) * c[None, :]
+    products += _byte(words, top, 3) * d[None, :]
+    return tl.sum(tl.reshape(products, [words.shape[0], words.shape[1] // WORDS, WORDS]), 2)
 
 
 @triton.jit
-def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _int8(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, top, NORM: tl.constexpr,
+          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr):
     """Four numbers a word, `w` as int32 `[N, K / 4]`."""
-    rows, count = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), K // 4
-    words = tl.max_contiguous(tl.arange(0, BLOCK_K), 2)
+    first, count = tl.program_id(0) * BLOCK_N, K // 4
+    rows, words = first + tl.arange(0, BLOCK_N), tl.max_contiguous(tl.arange(0, BLOCK_K), 2)
     columns = tl.arange(0, 4 * BLOCK_K)
-    pointers = w + rows.to(tl.int64)[:, None] * count + words[None, :]
-    pointers2 = pointers + N.to(tl.int64) * count  # SwiGLU: the second half of the rows
+    within = tl.arange(0, BLOCK_N)[:, None] * count + words[None, :]
+    pointers = w + first.to(tl.int64) * count + within
+    pointers2 = w + (N + first).to(tl.int64) * count + within  # SwiGLU: the second half of the rows
     if EARLY:
         gdc_launch_dependents()
-    tile = _weights(pointers, rows, words, N, count)
-    tile2 = _weights(pointers2, rows, words, N, count) if SWIGLU else tile
+    tile = _weights(pointers, rows, words, N, count, WHOLE)
+    tile2 = _weights(pointers2, rows, words, N, count, WHOLE) if SWIGLU else tile
     scale = tl.load(scales + rows, mask=rows < N, other=0.0).to(tl.float32)
     scale2 = tl.load(scales + N + rows, mask=rows < N, other=0.0).to(tl.float32) if SWIGLU else scale
     if EARLY:
         gdc_wait()
-    acc, acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares, excess = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_K // WORDS], tl.float32)
+    left = tl.load(residual + rows, mask=rows < N, other=0.0) if RESIDUAL else 0.0
+    acc2, squares, excess = acc, tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
     for j in range(0, count, BLOCK_K):
         a, b, c, d = _four(x, 4 * j + columns, K)
         if NORM:
@@ -78,21 +82,17 @@ def _int8(x, w, scales, norm, residual, out, N, K, epsilon, top, NORM: tl.conste
             e, f, g, h = _four(norm, 4 * j + columns, K)
             a, b, c, d = a * e, b * f, c * g, d * h
         excess += (a + b) + (c + d)
-        acc = _add_bytes(acc, tile, top, a, b, c, d)
-        after = j + BLOCK_K
-        tile = _weights(pointers + after, rows, after + words, N, count)
+        acc += _sum_bytes(tile, top, a, b, c, d, WORDS)
         if SWIGLU:
-            acc2 = _add_bytes(acc2, tile2, top, a, b, c, d)
-            tile2 = _weights(pointers2 + after, rows, after + words, N, count)
-    more = 32896.0 * excess[None, :]
+            acc2 += _sum_bytes(tile2, top, a, b, c, d, WORDS)
+        after = j + BLOCK_K
+        if after < count:
+            tile = _weights(pointers + after, rows, after + words, N, count, WHOLE)
+            if SWIGLU:
+                tile2 = _weights(pointers2 + after, rows, after + words, N, count, WHOLE)
+    more = 32896.0 * tl.sum(tl.reshape(excess, [BLOCK_K // WORDS, WORDS]), 1)[None, :]
     result, gate = tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2
-    _finish(result, gate, tl.sum(squares, 0), residual, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
-
-
-def tile_of(size: int, swiglu: bool) -> Tile:
-    """What is fastest for so many results on an H200 (`launch/sweep_products.py`)."""
-    results = 4 if swiglu else 8
-    return Tile(results, 4 if triton.cdiv(size, results) < FEW_PROGRAMS else 2)
+    _finish(result, gate, tl.sum(squares, 0), left, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None, epsilon: float,
@@ -102,16 +102,19 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
         return (int4.few_rows if x.dtype in int4.ONES else _in_steps)(x, weight, scale, norm, epsilon, residual, swiglu)
     size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], x.shape[1]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early, (results, warps) = launches_early(x.device), tile_of(size, swiglu)
-    grid = (triton.cdiv(size, results),)
+    early, tile = launches_early(x.device), tile_of(TILES, size, swiglu)
+    grid = (triton.cdiv(size, tile.results),)
     inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
-               "BLOCK_N": results, "BLOCK_K": 32 * warps * WORDS, "num_warps": warps, "launch_pdl": early}
+               "launch_pdl": early}
     if columns % 4 == 0 and x.dtype != torch.float32:
-        _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options)
+        block = 32 * tile.warps * WORDS
+        _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options, BLOCK_N=tile.results,
+                    BLOCK_K=block, WORDS=WORDS, WHOLE=size % tile.results == 0 and columns % (4 * block) == 0,
+                    num_warps=tile.warps)
     else:
-        _gemv[grid](*inputs, out, out, SCALED=True, **options | {"BLOCK_K": 256 * warps})
+        _gemv[grid](*inputs, out, out, SCALED=True, **options, **tile_options(size, columns, tile))
     return out
 
 

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import Tile, _finish, launches_early
+from tpllm.engine.torch.kernels.gemv import _finish, launches_early, tile_of
 
 ROWS = 8  # of x, at most
-# By how many rows of the matrix there are, at most: those of a program, in eights, and its warps.
-TILES = {4096: (2, 16), 8192: (2, 8), 16384: (4, 8), 1 << 31: (4, 4)}
+# As in gemv.py, of one row of x.
+TILES = {4096: (16, 16), 8192: (32, 16), 16384: (32, 8), 1 << 31: (32, 4)}
 # The bits of 128 or 1,024, whose last four are free, in both halves of a word; by how much numbers are then too large.
 ONES = {torch.bfloat16: (0x43004300, 136.0), torch.float16: (0x64006400, 1032.0)}
 
@@ -55,45 +55,49 @@ def _columns(values, WARPS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _words(pointers, valid, group, groups):
+def _words(pointers, valid, group, groups, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointers, eviction_policy="evict_first")
     mask = valid[:, None, :, None] & (group < groups)[None, :, None, None]
     return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 def _row_of(i, j, N, EIGHTS: tl.constexpr, SWIGLU: tl.constexpr):
-    """Row i of eight j: which result it is for, and which row of the matrix it is."""
+    """Row i of a program's eight j: which of its results it is for, and how many rows behind the first it is."""
     if SWIGLU:
         half: tl.constexpr = EIGHTS // 2
-        result = tl.program_id(0) * (8 * half) + j % half * 8 + i
-        return result, result + j // half * N
+        return j % half * 8 + i, j % half * 8 + i + j // half * N
     else:
-        result = tl.program_id(0) * (8 * EIGHTS) + j * 8 + i
-        return result, result
+        return j * 8 + i, j * 8 + i
 
 
 @triton.jit(do_not_specialize=["M"])
-def _int4(x, w, scales, norm, residual, out, M, N, K, epsilon, ones, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-          SWIGLU: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr, WARPS: tl.constexpr,
-          MORE: tl.constexpr):
+def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, ones, NORM: tl.constexpr,
+          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+          EIGHTS: tl.constexpr, WARPS: tl.constexpr, MORE: tl.constexpr):
     """`gemv.gemv` of M rows."""
     groups, warps, rows = tl.cdiv(K, 128), tl.arange(0, WARPS), tl.arange(0, ROWS)
+    start = tl.program_id(0) * (8 * EIGHTS // (1 + SWIGLU))
     result, line = _row_of(tl.arange(0, 8)[:, None], tl.arange(0, EIGHTS)[None, :], N, EIGHTS, SWIGLU)
-    valid = result < N
-    pointers = w + line.to(tl.int64)[:, None, :, None] * (groups * 16) + (warps * 16)[None, :, None, None]
-    pointers += tl.arange(0, 16)[None, None, None, :]
+    valid, words = start + result < N, (warps * 16)[None, :, None, None] + tl.arange(0, 16)[None, None, None, :]
+    pointers = w + start.to(tl.int64) * (groups * 16) + (line[:, None, :, None] * (groups * 16) + words)
     at = tl.arange(0, 8 * EIGHTS)
     flat_result, flat_line = _row_of(at % 8, at // 8, N, EIGHTS, SWIGLU)
-    factors = scales + flat_line.to(tl.int64)[None, :] * groups + warps[:, None]
+    factors = scales + start.to(tl.int64) * groups + (flat_line[None, :] * groups + warps[:, None])
+    flat_result += start
     present = (flat_result < N)[None, :]
     columns = (warps * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
     inputs, inside = x + rows[None, :, None] * K + columns, (rows < M)[None, :, None]
     if EARLY:
         gdc_launch_dependents()
-    words = _words(pointers, valid, warps, groups)
+    words = _words(pointers, valid, warps, groups, WHOLE)
     factor = tl.load(factors, mask=present & (warps < groups)[:, None], other=0.0)
+    of = start + tl.arange(0, 4 * EIGHTS) if SWIGLU else flat_result
+    place, mask = rows[None, :] * N + of[:, None], (of < N)[:, None] & (rows < M)[None, :]
     if EARLY:
         gdc_wait()
+    left = tl.load(residual + place, mask=mask, other=0.0) if RESIDUAL else 0.0
     # One step ahead, too: behind the arithmetic on it, or the compiler would spread it over threads before that.
     value = tl.load(inputs, mask=inside & (columns < K), other=0.0)
     weight = tl.load(norm + columns, mask=columns < K, other=0.0) if NORM else value
@@ -107,26 +111,18 @@ def _int4(x, w, scales, norm, residual, out, M, N, K, epsilon, ones, NORM: tl.co
         part = tl.dot(_matrix(words, ones, x.dtype.element_ty, WARPS, EIGHTS), _columns(value, WARPS, ROWS))
         acc += (part - excess[:, None, :]) * factor.to(tl.float32)[:, :, None]
         after = g + WARPS
-        words = _words(pointers + after * 16, valid, after + warps, groups)
-        factor = tl.load(factors + after, mask=present & (after + warps < groups)[:, None], other=0.0)
-        value = tl.load(inputs + after * 128, mask=inside & (after * 128 + columns < K), other=0.0)
-        if NORM:
-            weight = tl.load(norm + after * 128 + columns, mask=after * 128 + columns < K, other=0.0)
+        if after < groups:
+            words = _words(pointers + after * 16, valid, after + warps, groups, WHOLE)
+            factor = tl.load(factors + after, mask=present & (after + warps < groups)[:, None], other=0.0)
+            value = tl.load(inputs + after * 128, mask=inside & (after * 128 + columns < K), other=0.0)
+            if NORM:
+                weight = tl.load(norm + after * 128 + columns, mask=after * 128 + columns < K, other=0.0)
     sums, total = tl.sum(acc, 0), tl.sum(tl.sum(squares, 2), 0)[None, :]
     if SWIGLU:
         first, gate = tl.split(tl.permute(tl.reshape(sums, (2, 4 * EIGHTS, ROWS)), (1, 2, 0)))
-        of = tl.program_id(0) * (4 * EIGHTS) + tl.arange(0, 4 * EIGHTS)
     else:
-        first, gate, of = sums, sums, flat_result
-    place, mask = rows[None, :] * N + of[:, None], (of < N)[:, None] & (rows < M)[None, :]
-    _finish(first, gate, total, residual, out, place, mask, K, epsilon, NORM, RESIDUAL, SWIGLU)
-
-
-def tile_of(count: int, size: int, swiglu: bool) -> Tile:
-    """What is fastest for so many rows of x and results on an H200 (of one row: `launch/sweep_products.py`)."""
-    lines = size * (1 + swiglu)
-    eights, warps = next(tile for most, tile in TILES.items() if lines <= most)
-    return Tile(8 * eights // (1 + swiglu), warps if count <= 2 else min(warps, 8))
+        first, gate = sums, sums
+    _finish(first, gate, total, left, out, place, mask, K, epsilon, NORM, RESIDUAL, SWIGLU)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None = None,
@@ -137,10 +133,12 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: t
     """
     (count, columns), size = x.shape, weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((count, size), dtype=x.dtype, device=x.device)
-    early, (results, warps), (ones, more) = launches_early(x.device), tile_of(count, size, swiglu), ONES[x.dtype]
+    early, (results, warps), (ones, more) = launches_early(x.device), tile_of(TILES, size, swiglu), ONES[x.dtype]
+    warps = warps if count <= 2 else min(warps, 8)
+    whole = size % results == 0 and triton.cdiv(columns, 128) % warps == 0
     _int4[(triton.cdiv(size, results),)](
         x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, count, size,
         columns, epsilon, ones, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
-        ROWS=triton.next_power_of_2(count), EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more,
+        WHOLE=whole, ROWS=triton.next_power_of_2(count), EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more,
         num_warps=warps, launch_pdl=early)
     return out

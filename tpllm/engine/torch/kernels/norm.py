@@ -10,13 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
-def store_sum_and_norm(row, residual, norm, total, normed, at, columns, inside, N, epsilon):
-    """A row, to which the residual is added, and its norm; rounded as the model rounds each."""
+def store_sum_and_norm(row, residual, norm, total, normed, at, inside, N, epsilon):
+    """A row, to which the residual's is added, and its norm times `norm`'s; rounded as the model rounds each."""
     dtype: tl.constexpr = total.dtype.element_ty
-    result = (row.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    result = (row.to(tl.float32) + residual.to(tl.float32)).to(dtype)
     h = result.to(tl.float32)
     scaled = (h * tl.rsqrt(tl.sum(h * h, 0) / N + epsilon)).to(dtype)
-    tl.store(normed + at, scaled * tl.load(norm + columns, mask=inside, other=0.0), mask=inside)
+    tl.store(normed + at, scaled * norm, mask=inside)
     tl.store(total + at, result, mask=inside)
 
 
@@ -35,11 +35,12 @@ def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: 
     columns, line = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
     inside = columns < N
     at = line * N + columns
+    left, weight = (tl.load(residual + at, mask=inside, other=0.0), tl.load(norm + columns, mask=inside, other=0.0))
     row = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(RANKS):
         addend = x + at if rank == RANK else others + (rank * STEP + line) * N + columns
         row += tl.load(addend, mask=inside, other=0.0).to(tl.float32)
-    store_sum_and_norm(row, residual, norm, total, normed, at, columns, inside, N, epsilon)
+    store_sum_and_norm(row, left, weight, total, normed, at, inside, N, epsilon)
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float,

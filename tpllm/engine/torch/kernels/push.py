@@ -26,10 +26,13 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK:
     inside = columns < N
     if EARLY:
         gdc_launch_dependents()
+    weight = tl.load(norm + columns, mask=inside, other=0.0) if ADD else 0.0
+    if EARLY:
         gdc_wait()
-    round = tl.load(rounds + row)
+    round, at = tl.load(rounds + row), row.to(tl.int64) * N + columns
     now, before = round % 3, (round + 2) % 3
-    mine = tl.load(x + row.to(tl.int64) * N + columns, mask=inside, other=0.0)
+    mine = tl.load(x + at, mask=inside, other=0.0)
+    left = tl.load(residual + at, mask=inside, other=0.0) if ADD else 0.0  # here: peers are waited for next
     if SEND:  # else the kernel before has
         send(mine, row * N + columns, inside, addresses, round, N, RANK, RANKS, ROWS)
     here = tl.load(addresses + RANK).to(tl.pointer_type(bits))
@@ -47,9 +50,8 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK:
                      tl.full([BLOCK], empty, bits), mask=inside)
     tl.store(rounds + row, round + 1)
     result = acc.to(dtype)
-    at = row.to(tl.int64) * N + columns
     if ADD:
-        store_sum_and_norm(result, residual, norm, total, normed, at, columns, inside, N, epsilon)
+        store_sum_and_norm(result, left, weight, total, normed, at, inside, N, epsilon)
     else:
         tl.store(total + at, result, mask=inside)
 
