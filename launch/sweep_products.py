@@ -75,7 +75,7 @@ def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Wei
     rest = (norm, 1e-5, None if matrix.norm else residual, matrix.swiglu)
 
     def run() -> None:
-        tiles.TILES = {1 << 31: tile}
+        tiles.TILES = {1 << 31: tile}  # type: ignore[attr-defined]
         for each in weights:
             module.gemv(x, *each, *rest)
 
