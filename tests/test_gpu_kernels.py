@@ -218,4 +218,4 @@ def test_rotation_and_store(heads: int, kv_heads: int, size: int, kernels: Any) 
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 37)
+    run_interpreted(__file__, 53)

@@ -138,7 +138,7 @@ def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatc
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 26, "-k", "row or tiles")
+    run_interpreted(__file__, 27, "-k", "row or tiles")
 
 
 # Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.

@@ -29,6 +29,17 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def _places(w, columns, N, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's rows of the matrix, where its tile begins, and for SwiGLU the one in the second half of the rows.
+
+    K is a constant, so that a thread's addresses are one and its distances from it: the registers hold weights instead.
+    """
+    first, lines = tl.program_id(0) * BLOCK_N, tl.arange(0, BLOCK_N)
+    within = lines[:, None] * K + columns[None, :]
+    return first + lines, w + first.to(tl.int64) * K + within, w + (N + first).to(tl.int64) * K + within
+
+
+@triton.jit
 def _weights(pointers, rows, columns, N, K, WHOLE: tl.constexpr):
     """A tile of the matrix, zeros beyond its edges, if it has any; nobody reads it again in this step."""
     if WHOLE:
@@ -64,15 +75,9 @@ def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, addres
           NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr, RANK: tl.constexpr = 0,
           RANKS: tl.constexpr = 1, ROWS: tl.constexpr = 1):
-    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too.
-
-    K is a constant, so that a thread's addresses are one and its distances from it: the registers hold weights instead.
-    """
-    first, columns = tl.program_id(0) * BLOCK_N, tl.arange(0, BLOCK_K)
-    rows = first + tl.arange(0, BLOCK_N)
-    within = tl.arange(0, BLOCK_N)[:, None] * K + columns[None, :]
-    pointers = w + first.to(tl.int64) * K + within
-    other = w + (N + first).to(tl.int64) * K + within  # SwiGLU: the second half of the rows
+    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too."""
+    columns = tl.arange(0, BLOCK_K)
+    rows, pointers, other = _places(w, columns, N, K, BLOCK_N)
     if EARLY:
         gdc_launch_dependents()
     tile = _weights(pointers, rows, columns, N, K, WHOLE)

@@ -14,7 +14,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import int4
-from tpllm.engine.torch.kernels.gemv import _finish, _gemv, _weights, launches_early, tile_of, tile_options
+from tpllm.engine.torch.kernels.gemv import (
+    _finish,
+    _gemv,
+    _places,
+    _weights,
+    launches_early,
+    tile_of,
+    tile_options,
+)
 from tpllm.engine.torch.kernels.int4 import _pairs
 
 WORDS = 4  # of each row in a program's tile, for each of its threads
@@ -58,12 +66,9 @@ def _int8(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, top, N
           RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr):
     """Four numbers a word, `w` as int32 `[N, K / 4]`."""
-    first, count = tl.program_id(0) * BLOCK_N, K // 4
-    rows, words = first + tl.arange(0, BLOCK_N), tl.max_contiguous(tl.arange(0, BLOCK_K), 2)
-    columns = tl.arange(0, 4 * BLOCK_K)
-    within = tl.arange(0, BLOCK_N)[:, None] * count + words[None, :]
-    pointers = w + first.to(tl.int64) * count + within
-    pointers2 = w + (N + first).to(tl.int64) * count + within  # SwiGLU: the second half of the rows
+    count: tl.constexpr = K // 4
+    words, columns = tl.max_contiguous(tl.arange(0, BLOCK_K), 2), tl.arange(0, 4 * BLOCK_K)
+    rows, pointers, pointers2 = _places(w, words, N, count, BLOCK_N)
     if EARLY:
         gdc_launch_dependents()
     tile = _weights(pointers, rows, words, N, count, WHOLE)
