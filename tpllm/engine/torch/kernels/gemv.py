@@ -49,10 +49,9 @@ def _weights(pointers, rows, columns, N, K, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _products(tile, row, NUMBERS: tl.constexpr):
-    """Of a tile and a row, for each of the tile's rows and each thread the sum of its own."""
-    products = tile.to(tl.float32) * row[None, :]
-    return tl.sum(tl.reshape(products, [tile.shape[0], tile.shape[1] // NUMBERS, NUMBERS]), 2)
+def _fold(products, NUMBERS: tl.constexpr):
+    """For each of a tile's rows and each thread the sum of its own products, so many neighbouring ones."""
+    return tl.sum(tl.reshape(products, [products.shape[0], products.shape[1] // NUMBERS, NUMBERS]), 2)
 
 
 @triton.jit
@@ -97,9 +96,9 @@ def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, addres
         if NORM:
             squares += row * row
             row *= tl.load(norm + k + columns, mask=k + columns < K, other=0.0).to(tl.float32)
-        acc += _products(tile, row, NUMBERS)
+        acc += _fold(tile.to(tl.float32) * row[None, :], NUMBERS)
         if SWIGLU:
-            acc2 += _products(tile2, row, NUMBERS)
+            acc2 += _fold(tile2.to(tl.float32) * row[None, :], NUMBERS)
         if after < K:
             tile = _weights(pointers + after, rows, after + columns, N, K, WHOLE)
             if SWIGLU:

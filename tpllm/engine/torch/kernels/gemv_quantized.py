@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpllm.engine.torch.kernels import int4
 from tpllm.engine.torch.kernels.gemv import (
     _finish,
+    _fold,
     _gemv,
     _places,
     _weights,
@@ -53,12 +54,12 @@ def _byte(words, top, i: tl.constexpr):
 
 @triton.jit
 def _sum_bytes(words, top, a, b, c, d, WORDS: tl.constexpr):
-    """As `gemv._products`: the sums of a thread's words' numbers times a row's, the constant in each with them."""
+    """The sums of each thread's words' numbers times a row's, the constant in each number with them."""
     products = _byte(words, top, 0) * a[None, :]
     products += _byte(words, top, 1) * b[None, :]
     products += _byte(words, top, 2) * c[None, :]
     products += _byte(words, top, 3) * d[None, :]
-    return tl.sum(tl.reshape(products, [words.shape[0], words.shape[1] // WORDS, WORDS]), 2)
+    return _fold(products, WORDS)
 
 
 @triton.jit

@@ -80,8 +80,8 @@ def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, one
     groups, warps, rows = tl.cdiv(K, 128), tl.arange(0, WARPS), tl.arange(0, ROWS)
     start = tl.program_id(0) * (8 * EIGHTS // (1 + SWIGLU))
     result, line = _row_of(tl.arange(0, 8)[:, None], tl.arange(0, EIGHTS)[None, :], N, EIGHTS, SWIGLU)
-    valid, words = start + result < N, (warps * 16)[None, :, None, None] + tl.arange(0, 16)[None, None, None, :]
-    pointers = w + start.to(tl.int64) * (groups * 16) + (line[:, None, :, None] * (groups * 16) + words)
+    valid, behind = start + result < N, (warps * 16)[None, :, None, None] + tl.arange(0, 16)[None, None, None, :]
+    pointers = w + start.to(tl.int64) * (groups * 16) + (line[:, None, :, None] * (groups * 16) + behind)
     at = tl.arange(0, 8 * EIGHTS)
     flat_result, flat_line = _row_of(at % 8, at // 8, N, EIGHTS, SWIGLU)
     factors = scales + start.to(tl.int64) * groups + (flat_line[None, :] * groups + warps[:, None])

@@ -35,7 +35,8 @@ def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: 
     columns, line = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
     inside = columns < N
     at = line * N + columns
-    left, weight = (tl.load(residual + at, mask=inside, other=0.0), tl.load(norm + columns, mask=inside, other=0.0))
+    left = tl.load(residual + at, mask=inside, other=0.0)
+    weight = tl.load(norm + columns, mask=inside, other=0.0)
     row = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(RANKS):
         addend = x + at if rank == RANK else others + (rank * STEP + line) * N + columns
