@@ -142,6 +142,27 @@ def test_sums_with_what_peers_have_sent(rank: int, ranks: int, dtype: torch.dtyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (2, 4)])
+def test_sums_of_a_rank_alone(rank: int, ranks: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sends the others comes to it from each of them, also where a product has sent it; round after round."""
+    from tpllm.engine.torch import communicator, rehearsal
+
+    torch.manual_seed(rank)
+    rows, width, inner = 3, 64, 48
+    monkeypatch.setattr(communicator, "PUSH_BYTES", 4 * rows * width)
+    alone = rehearsal.Alone(rank, ranks, torch.device(DEVICE), width, torch.float32, "push")
+    alone.sum_all()
+    for count in (rows, 1, 1, 1):
+        x, residual, weight, norm = (torch.randn(shape) for shape in ((count, inner), (count, width), (width, inner),
+                                                                      (width,)))
+        found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5)
+        expected = residual.double() + ranks * (x.double() @ weight.double().T)
+        close(found[0], expected, torch.float32)
+        close(found[1], rms_norm(expected, norm.double()), torch.float32)
+    assert alone._buffers.rounds.tolist() == [6, 3, 1]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "size"), [(1, 2, 2, 64), (3, 8, 2, 128), (40, 4, 4, 32)])
 def test_attention_of_single_tokens(batch: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype,
@@ -218,4 +239,4 @@ def test_rotation_and_store(heads: int, kv_heads: int, size: int, kernels: Any) 
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 53)
+    run_interpreted(__file__, 55)

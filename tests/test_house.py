@@ -36,7 +36,7 @@ PARTS = {
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
     "gpus": ("engine.torch.cuda", "engine.torch.fused", "engine.torch.graphs", "engine.torch.memory",
-             "engine.torch.padded"),
+             "engine.torch.kernel_files", "engine.torch.padded", "engine.torch.rehearsal"),
     "peers": ("engine.torch.communicator", "engine.torch.exchange"),
     "kernels": ("engine.torch.kernels",),
 }

@@ -31,6 +31,7 @@ from tpllm.engine.random_weights import random_weights
 from tpllm.engine.torch import collectives
 from tpllm.engine.torch.device import find_device
 from tpllm.engine.torch.fused import DecodeProgram
+from tpllm.engine.torch.kernel_files import unpack_kernels
 from tpllm.engine.torch.memory import cache_rows
 from tpllm.engine.torch.private import drop_unused
 from tpllm.engine.torch.program import StepProgram
@@ -136,6 +137,7 @@ def load_rank(directory: Path, config: EngineConfig, mapping: Mapping, checkpoin
                 model_file = Path(scratch, MODEL_FILE)
                 model_file.write_bytes(members[MODEL_FILE])
             model = find_model(config.model.architecture, model_file)(config.model)
+        unpack_kernels(members)
         return meta, members, model, find_device(config.build.device, world)
 
     meta, members, model, device = world.together("load", open_engine)

@@ -139,8 +139,7 @@ class Communicator:
         from tpllm.engine.torch.kernels.peers import SETS, make_buffers
         from tpllm.engine.torch.kernels.push import push_all_reduce
 
-        row = self.width * self.dtype.itemsize
-        rows = max(1, PUSH_BYTES // row)
+        rows = push_rows(self.width, self.dtype)
         places, peers = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
         self._buffers = make_buffers(places, peers.addresses, self.world.rank)
         self._large, _ = symmetric_memory((ROW_COUNTS[-1], self.width), self.dtype, self.device)
@@ -213,6 +212,11 @@ class Communicator:
                 way(x)
 
         return graph_seconds(sums, REPEATS, ready=dist.barrier) / PER_GRAPH
+
+
+def push_rows(width: int, dtype: torch.dtype) -> int:
+    """Of the largest message that goes through peer memory in one trip."""
+    return max(1, PUSH_BYTES // (width * dtype.itemsize))
 
 
 def clearly_fastest(took: dict[str, float]) -> str:

@@ -53,17 +53,17 @@ class InductorBackend(Backend):
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
 
-            def prepare() -> tuple[PreparedRank, Single, Graph]:
+            def prepare() -> tuple[PreparedRank, Rest, Graph]:
                 compiler = find_compiler(world.say)
                 use_threads(world)  # whose number the compiler writes into the code
                 rank = prepare_rank(config, mapping, checkpoint_dir, model_file, world)
-                single = Single(config, mapping, model_file, rank.program.device, compiler)
+                rest = Rest(config, mapping, model_file, rank.program.device, compiler)
                 # The first rank of a host compiles in any case, so it need not wait for what the others' graphs are.
                 if world.local_rank == 0 and has_room_twice(rank.program, 1):
-                    single.begin(stack)
-                return rank, single, GRAPHS["mixed"](rank.program, config)
+                    rest.begin(stack)
+                return rank, rest, GRAPHS["mixed"](rank.program, config)
 
-            rank, single, mixed = world.together("export", prepare)
+            rank, rest, mixed = world.together("export", prepare)
             found = count_collectives(mixed)
             world.say(f"build: exported a graph of {found['all_reduce']} all-reduces, "
                       f"{time.perf_counter() - started:.1f} s; compiling …")
@@ -75,10 +75,9 @@ class InductorBackend(Backend):
             def compile_graphs() -> None:
                 if leader == world.rank:
                     if world.local_rank > 0 and has_room_twice(rank.program, world.local_size):
-                        single.begin(stack)
-                    members = {"mixed.pt2": compile_package(mixed, single.compiler, single.device),
-                               f"{single.name}.pt2": single.made(),
-                               ISA: " ".join(sorted(features(single.device))).encode()}
+                        rest.begin(stack)
+                    members = {"mixed.pt2": compile_package(mixed, rest.compiler, rest.device),
+                               ISA: " ".join(sorted(features(rest.device))).encode()} | rest.made(stack)
                     write_rank_engine(out, config, mapping, rank.fingerprint, found, members | rank.members)
 
             def copy_compiled() -> None:
@@ -142,22 +141,38 @@ GRAPHS: dict[str, Callable[[StepProgram, EngineConfig], Graph]] = {
 }
 
 
-class Single:
-    """The graph for steps of one sequence, exported and compiled here, or in another process meanwhile."""
+class Rest:
+    """The graph for steps of one sequence and the kernels of a GPU, made in other processes beside this one or later.
+
+    A graph has no need of a process of its own, kernels do.
+    """
 
     def __init__(self, config: EngineConfig, mapping: Mapping, model_file: Path | None, device: torch.device,
                  compiler: str) -> None:
         self.name = "decode" if device.type == "cpu" else "one"
         self.device, self.compiler = device, compiler
         self._work = (self.name, config, mapping, model_file, device, compiler, torch.get_num_threads())
-        self._aside: Aside[bytes] | None = None
+        self._graph: Aside[bytes] | None = None
+        self._kernels: Aside[dict[str, bytes]] | None = None
 
     def begin(self, stack: contextlib.ExitStack) -> None:
-        """Start the other process, which ends with `stack`."""
-        self._aside = stack.enter_context(Aside(make_package, *self._work))
+        """Start the other processes, which end with `stack`."""
+        self._graph = stack.enter_context(Aside(make_package, *self._work))
+        self._begin_kernels(stack)
 
-    def made(self) -> bytes:
-        return self._aside.result() if self._aside else make_package(*self._work)
+    def _begin_kernels(self, stack: contextlib.ExitStack) -> None:
+        if self.device.type == "cuda":
+            from tpllm.engine.torch.rehearsal import make_kernels
+
+            _, config, _, model_file, *_ = self._work
+            self._kernels = stack.enter_context(Aside(make_kernels, config, model_file, self.device))
+
+    def made(self, stack: contextlib.ExitStack) -> dict[str, bytes]:
+        """Members of the engine."""
+        graph = self._graph.result() if self._graph else make_package(*self._work)
+        if self._kernels is None:
+            self._begin_kernels(stack)
+        return {f"{self.name}.pt2": graph} | (self._kernels.result() if self._kernels else {})
 
 
 def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: Path | None, device: torch.device,

@@ -1,0 +1,106 @@
+"""What a load launches, launched while the engine is built: its kernels go into the engine, and no load compiles any.
+
+By a process of its own, of a model of one layer, whose kernels are those of all.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tpllm.distributed import World
+from tpllm.engine.base import EngineConfig, StepInput
+from tpllm.engine.torch import collectives, communicator
+from tpllm.engine.torch.base import export_decode, export_step, make_cache
+from tpllm.engine.torch.cuda import CudaEngine
+from tpllm.engine.torch.exchange import Parts
+from tpllm.engine.torch.kernel_files import pack_kernels
+from tpllm.engine.torch.program import StepProgram
+from tpllm.mapping import Mapping
+from tpllm.models import find_model
+
+
+def make_kernels(config: EngineConfig, model_file: Path | None, device: torch.device) -> dict[str, bytes]:
+    """Members of the engines of all ranks."""
+    torch.cuda.set_device(device)
+    with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch:
+        os.environ["TRITON_CACHE_DIR"] = scratch  # of this process, which has not used Triton yet
+        rehearse(replace(config, model=replace(config.model, num_hidden_layers=1)), model_file, device)
+        return pack_kernels(Path(scratch))
+
+
+def rehearse(config: EngineConfig, model_file: Path | None, device: torch.device) -> None:
+    """Load an engine and let it step, with each way of summing; the rest of the kernels tell ranks apart."""
+    program = StepProgram(find_model(config.model.architecture, model_file)(config.model), Mapping(config.tp_size, 0),
+                          device)
+    for parameter in program.parameters():
+        parameter.zero_()
+    mixed, one = export_step(program, config, single=False).module(), export_decode(program, config).module()
+    for way in ("push", "nccl") if config.tp_size > 1 else ("alone",):
+        if config.tp_size > 1:
+            stand_in(config, 0, device, way)
+        CudaEngine(config, mixed, one, device, config.build.max_seq_len).step(prompt_beside_a_token())
+    for rank in range(1, config.tp_size):
+        stand_in(config, rank, device, "push")
+        tokens, start, length = torch.tensor([[0], [0], [1]], dtype=torch.int32, device=device)
+        one(tokens, start, length, make_cache(config, device, config.build.max_seq_len))
+    torch.cuda.synchronize(device)
+
+
+def stand_in(config: EngineConfig, rank: int, device: torch.device, way: str) -> None:
+    """Let operators take this process for that rank."""
+    alone = Alone(rank, config.tp_size, device, config.model.hidden_size, getattr(torch, config.model.dtype), way)
+    alone.sum_all()
+    collectives.bind(World(), alone)
+
+
+def prompt_beside_a_token() -> StepInput:
+    """Two sequences: one token, and a prompt of two."""
+    def ints(*values: int) -> NDArray[np.int32]:
+        return np.array(values, np.int32)
+
+    return StepInput(ints(0, 0, 0), ints(0, 1, 3), ints(0, 1), ints(1, 2), ints(0, 2))
+
+
+class Alone(communicator.Communicator):
+    """One rank without the others: what it sends them comes to it in their places."""
+
+    def __init__(self, rank: int, ranks: int, device: torch.device, width: int, dtype: torch.dtype, way: str) -> None:
+        from tpllm.engine.torch.kernels.peers import SETS, make_buffers
+        from tpllm.engine.torch.kernels.push import push_all_reduce
+
+        self.world, self.device, self.width, self.dtype, self._way = World(), device, width, dtype, way
+        self.world.rank, self.world.size = rank, ranks
+        rows = communicator.push_rows(width, dtype)
+        places = torch.empty((SETS, ranks, rows, width), dtype=dtype, device=device)
+        # It writes to a peer behind where its own places begin there, so a peer's memory is so far from its own.
+        own = rows * width * dtype.itemsize
+        self._buffers = make_buffers(places, [places.data_ptr() + (peer - rank) * own for peer in range(ranks)], rank)
+        self._ways = {"nccl": torch.clone, "push": lambda x: push_all_reduce(x, self._buffers)}
+
+    def path(self, rows: int) -> communicator.Path:
+        return communicator.Path(rows, self._way if rows <= self._buffers.rows else "nccl", 0.0)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x] * self.world.size)
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        pass
+
+    def _parts(self, rows: int) -> Parts | None:
+        return None
+
+    def sum_all(self) -> None:
+        """What the ranks begin with, to see which way is the fastest."""
+        from tpllm.engine.torch.kernels.norm import Shares, add_norm
+
+        x = torch.zeros((2, self.width), dtype=self.dtype, device=self.device)
+        self.all_reduce(x)
+        self.all_reduce_add_norm(x, x, x[0], 1.0)
+        add_norm(x, x, x[0], 1.0, shares=Shares(x, self.world.rank, self.world.size, 0))
