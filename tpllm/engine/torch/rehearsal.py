@@ -1,6 +1,7 @@
 """What a load launches, launched while the engine is built: its kernels go into the engine, and no load compiles any.
 
-By a process of its own, of a model of one layer, whose kernels are those of all.
+By a process of its own, of a model of two layers, which have the kernels of all: the last one's products are of fewer
+rows.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from tpllm.engine.torch.program import StepProgram
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
+LAYERS = 2
+
 
 def make_kernels(config: EngineConfig, model_file: Path | None, device: torch.device) -> dict[str, bytes]:
     """Members of the engines of all ranks."""
     torch.cuda.set_device(device)
     with tempfile.TemporaryDirectory(prefix="tpllm-") as scratch:
         os.environ["TRITON_CACHE_DIR"] = scratch  # of this process, which has not used Triton yet
-        rehearse(replace(config, model=replace(config.model, num_hidden_layers=1)), model_file, device)
+        rehearse(replace(config, model=replace(config.model, num_hidden_layers=LAYERS)), model_file, device)
         return pack_kernels(Path(scratch))
 
 
