@@ -31,12 +31,13 @@ PARTS = {
     "report": ("report",),
     "scale": ("records", "cli.scale"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
-    "quantization": ("quantization", "engine.torch.quantized", "engine.torch.kernels.gemv_quantized"),
+    "quantization": ("quantization", "engine.torch.quantized", "engine.torch.kernels.gemv_quantized",
+                     "engine.torch.kernels.int4"),
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
-    "gpus": ("engine.torch.cuda", "engine.torch.fused", "engine.torch.graphs", "engine.torch.memory",
-             "engine.torch.kernel_files", "engine.torch.padded", "engine.torch.rehearsal"),
+    "gpus": ("engine.torch.cuda", "engine.torch.cuda_ops", "engine.torch.fused", "engine.torch.graphs",
+             "engine.torch.kernel_files", "engine.torch.memory", "engine.torch.padded", "engine.torch.rehearsal"),
     "peers": ("engine.torch.communicator", "engine.torch.exchange"),
     "kernels": ("engine.torch.kernels",),
 }

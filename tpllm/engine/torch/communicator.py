@@ -60,8 +60,11 @@ class Communicator:
 
     def all_reduce_add_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
                             epsilon: float) -> torch.Tensor:
-        """`residual` plus the sum of `x`, and its root-mean-square norm times `norm`: `[2, rows, width]`."""
-        if self._name(x) == "push":
+        """`residual` plus the sum of `x`, and its root-mean-square norm times `norm`: `[2, rows, width]`.
+
+        On the way of pushes `x` may also be a rank's own addends, `[parts, rows, width]`.
+        """
+        if self._name(residual) == "push":
             from tpllm.engine.torch.kernels.push import push_all_reduce_add_norm
 
             return push_all_reduce_add_norm(x.contiguous(), residual, norm, epsilon, self._buffers)
@@ -80,6 +83,10 @@ class Communicator:
             return self._row_all_reduce_add_norm(x, weight, residual, norm, epsilon)
         if parts := self._parts(x.shape[0]):
             return parts.linear_add_norm(x, weight, residual, norm, epsilon)
+        if self._name(residual) == "push":
+            from tpllm.engine.torch.kernels.few import addends
+
+            return self.all_reduce_add_norm(addends(x, weight), residual, norm, epsilon)
         return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
 
     def select_rows(self, total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from tpllm.config import ModelConfig
 from tpllm.engine.torch import quantized
-from tpllm.engine.torch.attention import attend, rotate_and_attend, rotation
-from tpllm.engine.torch.collectives import (
-    all_gather,
-    all_reduce,
-    all_reduce_add_norm,
-    linear_all_reduce_add_norm,
-    select_summed_rows,
-)
+from tpllm.engine.torch.attention import attend
+from tpllm.engine.torch.collectives import all_gather, all_reduce
 from tpllm.engine.torch.merge import Survey, merged_name, survey
 from tpllm.engine.torch.private import linear
 from tpllm.mapping import Mapping
@@ -97,7 +91,15 @@ class StepProgram(nn.Module):
         """The arrays of `StepInput`, of `query_start` what `prompt_starts` leaves, and the arena → float32 logits
         `[R, vocab]`."""
         positions, slots = token_places(tokens.shape[0], query_start, start, length)
-        return self.model.forward(TorchOps(self, tokens, positions, slots, (query_start, start, length), rows, cache))
+        return self.model.forward(self._ops()(self, tokens, positions, slots, (query_start, start, length), rows,
+                                              cache))
+
+    def _ops(self) -> type[TorchOps]:
+        if self.device.type == "cpu":
+            return TorchOps
+        from tpllm.engine.torch.cuda_ops import CudaOps  # which stands on this module
+
+        return CudaOps
 
 
 class TorchOps:
@@ -110,26 +112,16 @@ class TorchOps:
         self.sizes = self.config.local(program.mapping.tp_size)
         self.tp_size = program.mapping.tp_size
         self.slots, self.runs = slots, runs
-        self._rotations: list[tuple[Tensor, Tensor]] = []  # (rotated, what it was before)
-        self._adds = 0
-        self._made: tuple[Tensor, Tensor, Tensor] | None = None  # the last plain product, of what and which weight
-        self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
-        self._normed: tuple[Tensor, str, Tensor] | None = None  # the last sum normed in the same kernel, its norm
-        self._shared: list[Tensor] = []  # sums of which this rank may have only some rows
-        if self._fused:
-            self.cos, self.sin = rotation(positions, self._get(INV_FREQ))
-        else:
-            angles = positions[:, None].float() * self._get(INV_FREQ)
-            self.cos, self.sin = angles.cos(), angles.sin()  # [T, head_size/2]
+        self.cos, self.sin = self._angles(positions)  # [T, head_size/2]
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None].float() * self._get(INV_FREQ)
+        return angles.cos(), angles.sin()
 
     @property
     def _streams(self) -> bool:
         """Products are to be compiled from scratch: of one row on a CPU, where libraries are slower."""
         return torch.compiler.is_exporting() and self.program.device.type == "cpu" and self.tokens.shape[0] == 1
-
-    @property
-    def _fused(self) -> bool:
-        return self.program.device.type == "cuda"
 
     def _get(self, name: str) -> Tensor:
         tensor: Tensor = getattr(self.program, parameter_name(name))
@@ -155,9 +147,7 @@ class TorchOps:
         return self.all_reduce(F.embedding(local.clamp(0, table.shape[0] - 1), table) * mine[:, None])
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
-        if self._normed and x is self._normed[0] and name == self._normed[1]:
-            return self._normed[2]
-        x32 = self._whole(x).float()
+        x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
         return x32.to(x.dtype) * self._get(name + ".weight")
 
@@ -165,9 +155,7 @@ class TorchOps:
         weight, bias, scale = self._get(name + ".weight"), self._find(name + ".bias"), self._scale(name)
         if not self._streams:
             if scale is None:
-                y = linear(x, weight, bias)
-                self._made = (y, x, weight) if bias is None else None
-                return y
+                return linear(x, weight, bias)
             y = quantized.linear(x, weight, scale)
             return y if bias is None else y + bias
         # The compiler makes one loop of this, which reads weights as fast as memory gives them. Without `as_strided`,
@@ -192,23 +180,10 @@ class TorchOps:
     def rope(self, x: Tensor) -> Tensor:
         a, b = x.float().chunk(2, dim=-1)
         cos, sin = self.cos[:, None], self.sin[:, None]
-        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-        self._rotations.append((rotated, x))
-        return rotated
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        if not self._fused:
-            return attend(q, k, v, self.cache, layer, self.slots, *self.runs).flatten(1)
-        # The kernel rotates what it loads anyway; the rotation that the model asked for is then used by nobody and
-        # dropped by the compiler.
-        before = [x for tensor in (q, k) for rotated, x in self._rotations if rotated is tensor]
-        self._rotations.clear()
-        cos, sin = self.cos, self.sin
-        if len(before) == 2:
-            q, k = before
-        else:
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        return rotate_and_attend(q, k, v, cos, sin, self.cache, layer, self.slots, *self.runs).flatten(1)
+        return attend(q, k, v, self.cache, layer, self.slots, *self.runs).flatten(1)
 
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -217,41 +192,13 @@ class TorchOps:
         return a * b
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        norm, exporting = self.program.survey.norms.get(self._adds), torch.compiler.is_exporting()
-        self._adds += 1
-        if norm is None or self._reduced is None or b is not self._reduced[0] or not exporting:
-            a, b = self._whole(a), self._whole(b)
-            if self._fused and exporting:
-                # The same sum, but none that Inductor makes part of the product before it, which would begin with a
-                # copy of the residual: here it becomes part of the norm behind it.
-                return (a.float() + b.float()).to(a.dtype)
-            return a + b
-        # The all-reduce alone is then used by nobody and dropped by the compiler, as is the product.
-        weight, product = self._get(norm + ".weight"), self._reduced[1]
-        if self._made and product is self._made[0]:
-            total, normed = linear_all_reduce_add_norm(*self._made[1:], a, weight, self.config.norm_epsilon)
-            self._shared.append(total)
-        else:
-            total, normed = all_reduce_add_norm(product, self._whole(a), weight, self.config.norm_epsilon)
-        self._normed = (total, norm, normed)
-        return total
-
-    def _is_shared(self, x: Tensor) -> bool:
-        return any(x is total for total in self._shared)
-
-    def _whole(self, x: Tensor) -> Tensor:
-        return select_summed_rows(x, None) if self._is_shared(x) else x
+        return a + b
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if self.tp_size == 1:
-            return x
-        self._reduced = (all_reduce(x), x)
-        return self._reduced[0]
+        return x if self.tp_size == 1 else all_reduce(x)
 
     def select_rows(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            return x
-        return select_summed_rows(x, self.rows) if self._is_shared(x) else x[self.rows]
+        return x if self.rows is None else x[self.rows]
 
     def vocab_logits(self, x: Tensor, name: str) -> Tensor:
         logits = self.linear(x, name).float()

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import launches_early
 
 
 @triton.jit
@@ -21,7 +24,7 @@ def store_sum_and_norm(row, residual, norm, total, normed, at, inside, N, epsilo
 
 
 class Shares(NamedTuple):
-    """The other ranks' addends: each one's begin at row `step * rank` of `rows`."""
+    """The other ranks' addends, or a product's other parts: each one's begin at row `step * rank` of `rows`."""
 
     rows: torch.Tensor
     rank: int
@@ -31,12 +34,16 @@ class Shares(NamedTuple):
 
 @triton.jit(do_not_specialize=["STEP"])
 def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
-              BLOCK: tl.constexpr):
+              EARLY: tl.constexpr, BLOCK: tl.constexpr):
     columns, line = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
     inside = columns < N
     at = line * N + columns
-    left = tl.load(residual + at, mask=inside, other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
     weight = tl.load(norm + columns, mask=inside, other=0.0)
+    if EARLY:
+        gdc_wait()
+    left = tl.load(residual + at, mask=inside, other=0.0)
     row = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(RANKS):
         addend = x + at if rank == RANK else others + (rank * STEP + line) * N + columns
@@ -45,16 +52,16 @@ def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: 
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: float,
-             out: torch.Tensor | None = None, shares: Shares | None = None) -> torch.Tensor:
+             out: torch.Tensor | None = None, shares: Shares | None = None, early: bool = False) -> torch.Tensor:
     """`x + residual [rows, width]` and its norm times `norm [width]`, stacked; in `out` where it is given.
 
-    With `shares` x is one rank's addend of several.
+    With `shares` x is one rank's addend of several. With `early` it begins while the kernel before it still runs.
     """
     out = x.new_empty((2, *x.shape)) if out is None else out
     total, normed = out.unbind(0)
     others, rank, ranks, step = shares or (x, 0, 1, 0)
-    block = triton.next_power_of_2(x.shape[1])
+    block, early = triton.next_power_of_2(x.shape[1]), early and launches_early(x.device)
     _add_norm[(x.shape[0],)](
-        x, others, residual, norm, total, normed, x.shape[1], step, epsilon, RANK=rank, RANKS=ranks, BLOCK=block,
-        num_warps=max(4, min(16, block // 512)))
+        x, others, residual, norm, total, normed, x.shape[1], step, epsilon, RANK=rank, RANKS=ranks, EARLY=early,
+        BLOCK=block, num_warps=max(4, min(16, block // 512)), launch_pdl=early)
     return out

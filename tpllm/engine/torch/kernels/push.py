@@ -17,9 +17,10 @@ from tpllm.engine.torch.kernels.peers import Buffers, send
 
 
 @triton.jit
-def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
-          ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
-    dtype: tl.constexpr = x.dtype.element_ty
+def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, PARTS: tl.constexpr, RANK: tl.constexpr,
+          RANKS: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+          BLOCK: tl.constexpr):
+    dtype: tl.constexpr = total.dtype.element_ty
     bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
     empty: tl.constexpr = -(1 << (dtype.primitive_bitwidth - 1))  # the sign alone
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
@@ -32,6 +33,9 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, RANK:
     round, at = tl.load(rounds + row), row.to(tl.int64) * N + columns
     now, before = round % 3, (round + 2) % 3
     mine = tl.load(x + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        mine += tl.load(x + part * tl.num_programs(0) * N + at, mask=inside, other=0.0)
+    mine = mine.to(dtype)
     left = tl.load(residual + at, mask=inside, other=0.0) if ADD else 0.0  # here: peers are waited for next
     if SEND:  # else the kernel before has
         send(mine, row * N + columns, inside, addresses, round, N, RANK, RANKS, ROWS)
@@ -67,19 +71,20 @@ def push_all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torc
                              buffers: Buffers, sent: bool = False) -> torch.Tensor:
     """`residual` plus the sum over the ranks of `x`, and its root-mean-square norm times `norm [width]`, stacked.
 
-    With `sent` every rank's `x` is already on its way to the others (`gemv`).
+    With `sent` every rank's `x` is already on its way to the others (`gemv`). Where `x` is `[parts, rows, width]` a
+    rank's addend is the sum of these.
     """
-    out = x.new_empty((2, *x.shape))
+    out = residual.new_empty((2, *residual.shape))
     _launch(x, buffers, residual, norm, out[0], out[1], epsilon, add=True, send=not sent)
     return out
 
 
 def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: torch.Tensor, total: torch.Tensor,
             normed: torch.Tensor, epsilon: float, add: bool, send: bool = True) -> None:
-    rows, width = x.shape
+    *_, rows, width = x.shape
     early = launches_early(x.device)
     block = triton.next_power_of_2(width)
     _push[(rows,)](
-        x, residual, norm, total, normed, buffers.addresses, buffers.rounds, width, epsilon, RANK=buffers.rank,
-        RANKS=len(buffers.addresses), ROWS=buffers.rows, SEND=send, ADD=add, EARLY=early, BLOCK=block,
-        num_warps=max(4, min(32, block // 256)), launch_pdl=early)
+        x, residual, norm, total, normed, buffers.addresses, buffers.rounds, width, epsilon,
+        PARTS=x.numel() // (rows * width), RANK=buffers.rank, RANKS=len(buffers.addresses), ROWS=buffers.rows,
+        SEND=send, ADD=add, EARLY=early, BLOCK=block, num_warps=max(4, min(32, block // 256)), launch_pdl=early)

@@ -1,0 +1,132 @@
+"""Two to 32 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
+
+As in `gemv.py` a kernel begins while the one before it still runs. Until that has ended it has its first weights
+brought to the GPU's cache; then Triton's pipeline loads weights and rows alike. Other products are cuBLAS's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import launches_early
+from tpllm.engine.torch.kernels.norm import Shares, add_norm
+
+MOST_ROWS = 32
+LINES, COLUMNS = 64, 128  # of the matrix in a program's tile
+FULL = 132  # programs that fill the GPU
+FEWEST = 80  # that are worth it
+PARTS, SHORTEST = 2, 2048  # of a sum whose programs were too few, so many columns long at least
+LINE = 64  # 16-bit numbers that come to the cache at once
+
+
+class Cut(NamedTuple):
+    """How many programs share the columns of the same lines, and how many tiles each asks for ahead."""
+
+    parts: int
+    stages: int
+
+
+@triton.jit(do_not_specialize=["M"])
+def _few(x, w, out, M, N, stride, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
+         COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, LINE: tl.constexpr):
+    """`[PARTS, M, N]`. With SwiGLU a program has eight lines of the first half, then eight of the second, and so on: a
+    thread of a matrix product has lines l and l + 8, so both factors of its results."""
+    if EARLY:
+        gdc_launch_dependents()
+    column, row, line = tl.arange(0, COLUMNS)[None, :], tl.arange(0, ROWS)[:, None], tl.arange(0, LINES)
+    first, part = tl.program_id(0), tl.program_id(1)
+    RESULTS: tl.constexpr = LINES // 2 if SWIGLU else LINES
+    within = (line // 16 * 8 + line % 8) * K + line // 8 % 2 * N * K if SWIGLU else line * K
+    lines = w + first.to(tl.int64) * (RESULTS * K) + within
+    begin, end = part * (K // COLUMNS) // PARTS, (part + 1) * (K // COLUMNS) // PARTS
+    if EARLY:
+        for stage in tl.static_range(STAGES):
+            at = tl.minimum(begin + stage, end - 1) * COLUMNS + tl.arange(0, COLUMNS // LINE)[None, :] * LINE
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines[:, None] + at],
+                                      dtype=tl.int32, is_pure=False, pack=1)
+        gdc_wait()
+    inside, rows, pointers = row < M, x + row * stride + column, lines[:, None] + column
+    acc = tl.zeros([LINES, ROWS], tl.float32)
+    for at in tl.range(begin, end, num_stages=STAGES):
+        tile = tl.load(pointers + at * COLUMNS)
+        taken = tl.load(rows + at * COLUMNS, mask=inside, other=0.0)
+        acc = tl.dot(tile, tl.trans(taken), acc)
+    if SWIGLU:
+        pairs = tl.permute(tl.reshape(acc, [LINES // 16, 2, 8, ROWS]), [0, 2, 3, 1])
+        half, gate = tl.split(pairs)
+        acc = tl.reshape(half / (1.0 + tl.exp(-half)) * gate, [RESULTS, ROWS])
+    place = (part * M + row) * N + first * RESULTS + tl.arange(0, RESULTS)[None, :]
+    tl.store(out + place, tl.trans(acc).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu(x, out, N, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    half = tl.load(x + row * 2 * N + column, mask=column < N, other=0.0)
+    gate = tl.load(x + row * 2 * N + N + column, mask=column < N, other=0.0)
+    wide = half.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(half.dtype)  # rounded as the model rounds it
+    tl.store(out + row * N + column, silu * gate, mask=column < N)
+
+
+def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> Cut | None:
+    """How the product of `x [M, K]` and `weight [N, K]` is cut, if this kernel is for it; with `divisible` in parts."""
+    (rows, columns), programs = x.shape, weight.shape[0] // LINES
+    if not 2 <= rows <= MOST_ROWS or x.dtype == torch.float32 or columns % COLUMNS or weight.shape[0] % LINES:
+        return None
+    parts = PARTS if divisible and programs < FEWEST and columns // PARTS >= SHORTEST else 1
+    # So few ahead that where there are many programs those of the next kernel find room beside them.
+    stages = 5 if programs * parts <= FULL else 3
+    return Cut(parts, stages) if FEWEST <= programs * parts <= 3 * FULL else None
+
+
+def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:
+    """`[M, N]` of `x [M, K]` and `weight [N, K]`, of `[2N, K]` with `swiglu`; of several parts `[parts, M, N]`."""
+    (rows, columns), size = x.shape, weight.shape[0] // (1 + swiglu)
+    x = x if x.stride(1) == 1 and x.stride(0) % LINE == 0 else x.contiguous()
+    shape, dtype = ((rows, size), x.dtype) if cut.parts == 1 else ((cut.parts, rows, size), torch.float32)
+    out, early = torch.empty(shape, dtype=dtype, device=x.device), launches_early(x.device)
+    _few[(weight.shape[0] // LINES, cut.parts)](
+        x, weight, out, rows, size, x.stride(0), K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES, COLUMNS=COLUMNS,
+        ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts, STAGES=cut.stages, LINE=LINE, num_warps=4,
+        launch_pdl=early)
+    return out
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[M, N]` of `x [M, K]` and `weight [N, K]`."""
+    cut = cut_for(x, weight)
+    return F.linear(x, weight) if cut is None else few(x, weight, cut)
+
+
+def addends(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`linear`, or in float32 the parts `[parts, M, N]` that add up to it."""
+    cut = cut_for(x, weight, divisible=True)
+    return F.linear(x, weight) if cut is None else few(x, weight, cut)
+
+
+def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[M, N]` of `x [M, K]` and `weight [2N, K]`: silu(first half) * second half of the product."""
+    cut, size = cut_for(x, weight), weight.shape[0] // 2
+    if cut is not None:
+        return few(x, weight, cut, swiglu=True)
+    product = F.linear(x, weight)
+    out = product.new_empty((x.shape[0], size))
+    _swiglu[(x.shape[0], triton.cdiv(size, 1024))](product, out, size, BLOCK=1024)
+    return out
+
+
+def linear_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                    epsilon: float) -> torch.Tensor:
+    """`residual [M, N]` plus `x [M, K]` times `weight [N, K]`, and its norm times `norm [N]`, stacked."""
+    product = addends(x, weight)
+    if product.dim() == 2:
+        return add_norm(product, residual, norm, epsilon, early=True)
+    shares = Shares(product.flatten(0, 1), 0, product.shape[0], x.shape[0])
+    return add_norm(product[0], residual, norm, epsilon, residual.new_empty((2, *residual.shape)), shares, early=True)
