@@ -6,6 +6,7 @@ brought to the GPU's cache; then Triton's pipeline loads weights and rows alike.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
 MOST_ROWS = 32
 LINES, COLUMNS = 64, 128  # of the matrix in a program's tile
-FULL = 132  # programs that fill the GPU
-FEWEST = 80  # that are worth it
-PARTS, SHORTEST = 2, 2048  # of a sum whose programs were too few, so many columns long at least
+SHARED = 120 << 10  # bytes of shared memory that a program takes at most
+FEWEST = 0.6  # of a GPU's multiprocessors have a program, or the product is cuBLAS's
+PARTS, SHORTEST = 2, 2048  # of a sum whose programs were fewer, so many columns long at least
 LINE = 64  # 16-bit numbers that come to the cache at once
 
 
@@ -33,7 +34,7 @@ class Cut(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _few(x, w, out, M, N, stride, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
+def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
          COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, LINE: tl.constexpr):
     """`[PARTS, M, N]`. With SwiGLU a program has eight lines of the first half, then eight of the second, and so on: a
     thread of a matrix product has lines l and l + 8, so both factors of its results."""
@@ -51,7 +52,7 @@ def _few(x, w, out, M, N, stride, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: 
             tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines[:, None] + at],
                                       dtype=tl.int32, is_pure=False, pack=1)
         gdc_wait()
-    inside, rows, pointers = row < M, x + row * stride + column, lines[:, None] + column
+    inside, rows, pointers = row < M, x + row * K + column, lines[:, None] + column
     acc = tl.zeros([LINES, ROWS], tl.float32)
     for at in tl.range(begin, end, num_stages=STAGES):
         tile = tl.load(pointers + at * COLUMNS)
@@ -75,25 +76,33 @@ def _swiglu(x, out, N, BLOCK: tl.constexpr):
     tl.store(out + row * N + column, silu * gate, mask=column < N)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; none where a program of this kernel has no room in one."""
+    properties = torch.cuda.get_device_properties(device)
+    room: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stubs lack it
+    return properties.multi_processor_count if room >= SHARED else 0
+
+
 def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> Cut | None:
     """How the product of `x [M, K]` and `weight [N, K]` is cut, if this kernel is for it; with `divisible` in parts."""
     (rows, columns), programs = x.shape, weight.shape[0] // LINES
     if not 2 <= rows <= MOST_ROWS or x.dtype == torch.float32 or columns % COLUMNS or weight.shape[0] % LINES:
         return None
-    parts = PARTS if divisible and programs < FEWEST and columns // PARTS >= SHORTEST else 1
+    full = multiprocessors(x.device)
+    parts = PARTS if divisible and programs < FEWEST * full and columns // PARTS >= SHORTEST else 1
     # So few ahead that where there are many programs those of the next kernel find room beside them.
-    stages = 5 if programs * parts <= FULL else 3
-    return Cut(parts, stages) if FEWEST <= programs * parts <= 3 * FULL else None
+    stages = 5 if programs * parts <= full else 3
+    return Cut(parts, stages) if FEWEST * full <= programs * parts <= 3 * full else None
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:
     """`[M, N]` of `x [M, K]` and `weight [N, K]`, of `[2N, K]` with `swiglu`; of several parts `[parts, M, N]`."""
     (rows, columns), size = x.shape, weight.shape[0] // (1 + swiglu)
-    x = x if x.stride(1) == 1 and x.stride(0) % LINE == 0 else x.contiguous()
     shape, dtype = ((rows, size), x.dtype) if cut.parts == 1 else ((cut.parts, rows, size), torch.float32)
     out, early = torch.empty(shape, dtype=dtype, device=x.device), launches_early(x.device)
     _few[(weight.shape[0] // LINES, cut.parts)](
-        x, weight, out, rows, size, x.stride(0), K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES, COLUMNS=COLUMNS,
+        x.contiguous(), weight, out, rows, size, K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES, COLUMNS=COLUMNS,
         ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts, STAGES=cut.stages, LINE=LINE, num_warps=4,
         launch_pdl=early)
     return out
