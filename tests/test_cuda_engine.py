@@ -29,7 +29,7 @@ from tpllm.engine.torch.base import export_decode, export_step, prompt_starts
 from tpllm.engine.torch.cuda_ops import CudaOps
 from tpllm.engine.torch.graphs import Captured, end_graphs, make_graph
 from tpllm.engine.torch.merge import survey
-from tpllm.engine.torch.program import StepProgram
+from tpllm.engine.torch.program import StepProgram, TorchOps
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
@@ -70,7 +70,7 @@ class Made:
             patch.setattr(module, "SPARE_ROWS", SPARE_ROWS)
         config = built.config
         model = find_model(config.model.architecture)(config.model)
-        program = StepProgram(model, Mapping(1), CPU)
+        program = StepProgram(model, Mapping(1), CPU, TorchOps)
         program.load(RankCheckpoint(built.checkpoint, model, Mapping(1)).load()[0])
         self.mixed_steps = 0
 
@@ -308,27 +308,26 @@ def test_graphs_end_that_somebody_still_has() -> None:
 LAYERS = 3
 ONE_RANK = {"rotation": 1, "rotate_and_attend": LAYERS}
 RANKS = ONE_RANK | {"linear_all_reduce_add_norm": 2 * LAYERS, "all_gather": 1}
-ROWS = {"linear": LAYERS + 1, "linear_swiglu": LAYERS}
+PRODUCTS = {"linear": LAYERS + 1, "linear_swiglu": LAYERS}
 
 
 @pytest.mark.parametrize(("tp_size", "export", "kernels"), [
-    (1, export_step, ONE_RANK | ROWS | {"linear_add_norm": 2 * LAYERS}),
+    (1, export_step, ONE_RANK | PRODUCTS | {"linear_add_norm": 2 * LAYERS}),
     (1, export_decode, ONE_RANK | {"gemv": 4 * LAYERS + 1}),
     # Each rank may have only some rows of the last sum but one, of which the last layer wants a few.
-    (4, export_step, RANKS | ROWS | {"select_summed_rows": 1}),
+    (4, export_step, RANKS | PRODUCTS | {"select_summed_rows": 1}),
     (4, export_decode, RANKS | {"gemv": 2 * LAYERS + 1}),
 ])  # fmt: skip
 def test_graphs_for_gpus_are_of_the_kernels_meant_for_them(tp_size: int, export: Any, kernels: dict[str, int],
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported on a CPU, which is all that a graph needs."""
-    monkeypatch.setattr(StepProgram, "_ops", lambda self: CudaOps)
     monkeypatch.setattr(CudaOps, "_streams", False)
     shape = ModelConfig("LlamaForCausalLM", "bfloat16", 96, 64, LAYERS, 8, 4, 8, 128, 1e-5, 1e4, 256)
     model = find_model(shape.architecture)(shape)
     monkeypatch.setattr(program, "Survey", lambda: survey(model))  # what it takes for GPUs only
     config = EngineConfig(shape, BuildConfig("inductor", "cuda", 8, 32, 64), tp_size, "", {})
     options = {"single": False} if export is export_step else {}
-    graph = export(StepProgram(model, Mapping(tp_size, tp_size - 1), CPU), config, **options).graph
+    graph = export(StepProgram(model, Mapping(tp_size, tp_size - 1), CPU, CudaOps), config, **options).graph
     operators = Counter(str(node.target).split(".")[1] for node in graph.nodes
                         if str(node.target).startswith("tpllm.") or node.target is torch.ops.aten.linear.default)
     assert operators == kernels

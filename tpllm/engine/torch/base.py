@@ -29,12 +29,13 @@ from tpllm.engine.base import (
 )
 from tpllm.engine.random_weights import random_weights
 from tpllm.engine.torch import collectives
+from tpllm.engine.torch.cuda_ops import CudaOps
 from tpllm.engine.torch.device import find_device
 from tpllm.engine.torch.fused import DecodeProgram
 from tpllm.engine.torch.kernel_files import unpack_kernels
 from tpllm.engine.torch.memory import cache_rows
 from tpllm.engine.torch.private import drop_unused
-from tpllm.engine.torch.program import StepProgram
+from tpllm.engine.torch.program import StepProgram, TorchOps
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 from tpllm.models.base import Model
@@ -111,7 +112,12 @@ def prepare_rank(config: EngineConfig, mapping: Mapping, checkpoint_dir: Path | 
     model = find_model(config.model.architecture, model_file)(config.model)
     fingerprint = RankCheckpoint(checkpoint_dir, model, mapping).fingerprint() if checkpoint_dir else RANDOM
     members = {MODEL_FILE: model_file.read_bytes()} if model_file else {}
-    return PreparedRank(StepProgram(model, mapping, find_device(config.build.device, world)), fingerprint, members)
+    return PreparedRank(make_program(model, mapping, find_device(config.build.device, world)), fingerprint, members)
+
+
+def make_program(model: Model, mapping: Mapping, device: torch.device) -> StepProgram:
+    """A rank's, whose weights are still to come."""
+    return StepProgram(model, mapping, device, CudaOps if device.type == "cuda" else TorchOps)
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def load_rank(directory: Path, config: EngineConfig, mapping: Mapping, checkpoin
     collectives.bind(world, connect_gpus(config, device, world))
 
     def fill() -> StepProgram:
-        program = StepProgram(model, mapping, device)
+        program = make_program(model, mapping, device)
         if checkpoint_dir is None:
             program.fill(random_weights(model, mapping, device))
             return program

@@ -26,6 +26,7 @@ from tpllm.engine.torch.base import (
     export_step,
     load_rank,
     make_cache,
+    make_program,
     prepare_rank,
     use_threads,
     write_rank_engine,
@@ -182,7 +183,7 @@ def make_package(name: str, config: EngineConfig, mapping: Mapping, model_file: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = find_model(config.model.architecture, model_file)(config.model)
-    return compile_package(GRAPHS[name](StepProgram(model, mapping, device), config), compiler, device)
+    return compile_package(GRAPHS[name](make_program(model, mapping, device), config), compiler, device)
 
 
 def has_room_twice(program: StepProgram, compiling: int) -> bool:

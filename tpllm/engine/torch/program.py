@@ -32,9 +32,9 @@ def parameter_name(weight: str) -> str:
 class StepProgram(nn.Module):
     """`forward` is one step of one rank. Weights are uninitialized until `load` (export needs only shapes)."""
 
-    def __init__(self, model: Model, mapping: Mapping, device: torch.device) -> None:
+    def __init__(self, model: Model, mapping: Mapping, device: torch.device, ops: type[TorchOps]) -> None:
         super().__init__()
-        self.model, self.mapping, self.device = model, mapping, device
+        self.model, self.mapping, self.device, self._ops = model, mapping, device, ops
         # One wide product reads weights faster than several narrow ones; on CPU weights stay as they are mapped.
         self.survey = survey(model) if device.type == "cuda" else Survey()
         self._places: dict[str, tuple[str, int]] = {}  # checkpoint name → parameter, its first row there
@@ -91,15 +91,7 @@ class StepProgram(nn.Module):
         """The arrays of `StepInput`, of `query_start` what `prompt_starts` leaves, and the arena → float32 logits
         `[R, vocab]`."""
         positions, slots = token_places(tokens.shape[0], query_start, start, length)
-        return self.model.forward(self._ops()(self, tokens, positions, slots, (query_start, start, length), rows,
-                                              cache))
-
-    def _ops(self) -> type[TorchOps]:
-        if self.device.type == "cpu":
-            return TorchOps
-        from tpllm.engine.torch.cuda_ops import CudaOps  # which stands on this module
-
-        return CudaOps
+        return self.model.forward(self._ops(self, tokens, positions, slots, (query_start, start, length), rows, cache))
 
 
 class TorchOps:

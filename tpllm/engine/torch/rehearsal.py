@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from tpllm.distributed import World
 from tpllm.engine.base import EngineConfig, StepInput
 from tpllm.engine.torch import collectives, communicator
-from tpllm.engine.torch.base import export_decode, export_step, make_cache
+from tpllm.engine.torch.base import export_decode, export_step, make_cache, make_program
 from tpllm.engine.torch.cuda import CudaEngine
 from tpllm.engine.torch.exchange import Parts
 from tpllm.engine.torch.kernel_files import pack_kernels
-from tpllm.engine.torch.program import StepProgram
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
@@ -40,8 +39,8 @@ def make_kernels(config: EngineConfig, model_file: Path | None, device: torch.de
 
 def rehearse(config: EngineConfig, model_file: Path | None, device: torch.device) -> None:
     """Load an engine and let it step, with each way of summing; the rest of the kernels tell ranks apart."""
-    program = StepProgram(find_model(config.model.architecture, model_file)(config.model), Mapping(config.tp_size, 0),
-                          device)
+    model = find_model(config.model.architecture, model_file)(config.model)
+    program = make_program(model, Mapping(config.tp_size, 0), device)
     for parameter in program.parameters():
         parameter.zero_()
     mixed, one = export_step(program, config, single=False).module(), export_decode(program, config).module()
