@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 HEAD64 = Shape(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=160)
 HEAD128 = Shape(dim=512, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=160, rope_theta=500000.0, embedding_dim=0)
+# Whose products of a few rows fill a GPU, as published models' do.
+WIDE = Shape(dim=4096, n_layers=2, n_heads=32, n_kv_heads=32, vocab_size=160, ffn_hidden=11008)
 GROUPS = Shape(dim=1024, n_layers=2, n_heads=8, n_kv_heads=1, vocab_size=161)
 MAX_BATCH, MAX_SEQ = 6, 300
 # of ‖found - expected‖ / ‖expected‖
@@ -32,6 +34,7 @@ ENGINES = [
     ("eager", HEAD64, "float32"), ("eager", HEAD64, "bfloat16"), ("eager", HEAD128, "float16"),
     ("eager", GROUPS, "bfloat16"), ("eager", LLAMA31_GQA, "float32"), ("eager", LLAMA31_GQA, "bfloat16"),
     ("inductor", HEAD128, "bfloat16"), ("inductor", HEAD64, "float32"), ("inductor", GROUPS, "float16"),
+    ("inductor", WIDE, "bfloat16"),
 ]  # fmt: skip
 IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
 

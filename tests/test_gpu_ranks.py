@@ -22,7 +22,7 @@ import torch
 from conftest import mpirun_command, mpirun_environment, run_jobs
 from makers import LLAMA31_GQA, Shape, make_meta_dir
 from reference import Reference
-from test_gpu import GROUPS, HEAD64, HEAD128, TOLERANCE
+from test_gpu import GROUPS, HEAD64, HEAD128, TOLERANCE, WIDE
 
 from tpllm.cli import main
 from tpllm.engine.torch.padded import OFTEN
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RANKS, reason="no CUDA dev
 own_gpus = pytest.mark.skipif(SHARED, reason="the ranks share a GPU here")
 
 ENGINES = [("eager", HEAD64, "float32"), ("eager", LLAMA31_GQA, "bfloat16"), ("inductor", HEAD64, "float32"),
-           ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16")]
+           ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16"), ("inductor", WIDE, "bfloat16")]
 IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
 WAYS: dict[str, dict[str, str]] = {"in parts": {}, "push": {}, "two-shot": {}}
 if not SHARED:
