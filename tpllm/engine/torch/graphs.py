@@ -40,12 +40,16 @@ def end_graphs() -> None:
 
 
 def graph_seconds(work: Callable[[], object], repeats: int, ready: Callable[[], object] = lambda: None) -> float:
-    """Median of so many replays of what `make_graph` makes, each of which begins after `ready`."""
+    """Median of so many replays of what `make_graph` makes, each of them behind `ready` and another replay.
+
+    Behind that one ranks that wait for each other are in step, and the next is launched before the GPU comes to it.
+    """
     graph, _ = make_graph(work)
     seconds = []
     for _ in range(repeats):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         ready()
+        graph.replay()
         began.record()
         graph.replay()
         ended.record()
