@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import DEVICE, GPU, INTERPRETED, need_kernels, run_interpreted
+from test_gpu_kernels import rms_norm
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -27,10 +28,6 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert ((found.cpu().double() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
 
 
 def made(rows: int, lines: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -84,9 +84,9 @@ class Communicator:
         if parts := self._parts(x.shape[0]):
             return parts.linear_add_norm(x, weight, residual, norm, epsilon)
         if self._name(residual) == "push":
-            from tpllm.engine.torch.kernels.few import addends
+            from tpllm.engine.torch.kernels.few import linear
 
-            return self.all_reduce_add_norm(addends(x, weight), residual, norm, epsilon)
+            return self.all_reduce_add_norm(linear(x, weight, divisible=True), residual, norm, epsilon)
         return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
 
     def select_rows(self, total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

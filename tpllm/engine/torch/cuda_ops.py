@@ -105,10 +105,10 @@ class CudaOps(TorchOps):
         return super().rms_norm(self._whole(x), name)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        weight = self._get(name + ".weight")
         if self._find(name + ".bias") is not None or self._scale(name) is not None:
             self._made = None
             return super().linear(x, name)
+        weight = self._get(name + ".weight")
         product: Tensor = torch.ops.tpllm.linear(x, weight)
         self._made = (product, x, weight)
         return product

@@ -152,25 +152,25 @@ class Rest:
                  compiler: str) -> None:
         self.name = "decode" if device.type == "cpu" else "one"
         self.device, self.compiler = device, compiler
-        self._work = (self.name, config, mapping, model_file, device, compiler, torch.get_num_threads())
+        self._graph_work = (self.name, config, mapping, model_file, device, compiler, torch.get_num_threads())
+        self._kernel_work = (config, model_file, device)
         self._graph: Aside[bytes] | None = None
         self._kernels: Aside[dict[str, bytes]] | None = None
 
     def begin(self, stack: contextlib.ExitStack) -> None:
         """Start the other processes, which end with `stack`."""
-        self._graph = stack.enter_context(Aside(make_package, *self._work))
+        self._graph = stack.enter_context(Aside(make_package, *self._graph_work))
         self._begin_kernels(stack)
 
     def _begin_kernels(self, stack: contextlib.ExitStack) -> None:
         if self.device.type == "cuda":
             from tpllm.engine.torch.rehearsal import make_kernels
 
-            _, config, _, model_file, *_ = self._work
-            self._kernels = stack.enter_context(Aside(make_kernels, config, model_file, self.device))
+            self._kernels = stack.enter_context(Aside(make_kernels, *self._kernel_work))
 
     def made(self, stack: contextlib.ExitStack) -> dict[str, bytes]:
         """Members of the engine."""
-        graph = self._graph.result() if self._graph else make_package(*self._work)
+        graph = self._graph.result() if self._graph else make_package(*self._graph_work)
         if self._kernels is None:
             self._begin_kernels(stack)
         return {f"{self.name}.pt2": graph} | (self._kernels.result() if self._kernels else {})

@@ -108,15 +108,9 @@ def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -
     return out
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`[M, N]` of `x [M, K]` and `weight [N, K]`."""
-    cut = cut_for(x, weight)
-    return F.linear(x, weight) if cut is None else few(x, weight, cut)
-
-
-def addends(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`linear`, or in float32 the parts `[parts, M, N]` that add up to it."""
-    cut = cut_for(x, weight, divisible=True)
+def linear(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> torch.Tensor:
+    """`[M, N]` of `x [M, K]` and `weight [N, K]`; with `divisible` it may be the parts in float32, `[parts, M, N]`."""
+    cut = cut_for(x, weight, divisible)
     return F.linear(x, weight) if cut is None else few(x, weight, cut)
 
 
@@ -134,8 +128,8 @@ def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
                     epsilon: float) -> torch.Tensor:
     """`residual [M, N]` plus `x [M, K]` times `weight [N, K]`, and its norm times `norm [N]`, stacked."""
-    product = addends(x, weight)
+    product = linear(x, weight, divisible=True)
     if product.dim() == 2:
         return add_norm(product, residual, norm, epsilon, early=True)
     shares = Shares(product.flatten(0, 1), 0, product.shape[0], x.shape[0])
-    return add_norm(product[0], residual, norm, epsilon, residual.new_empty((2, *residual.shape)), shares, early=True)
+    return add_norm(product[0], residual, norm, epsilon, shares=shares, early=True)

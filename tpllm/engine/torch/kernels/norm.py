@@ -55,9 +55,10 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilo
              out: torch.Tensor | None = None, shares: Shares | None = None, early: bool = False) -> torch.Tensor:
     """`x + residual [rows, width]` and its norm times `norm [width]`, stacked; in `out` where it is given.
 
-    With `shares` x is one rank's addend of several. With `early` it begins while the kernel before it still runs.
+    With `shares` x is one of several addends, which may be of another dtype. With `early` it begins while the kernel
+    before it still runs.
     """
-    out = x.new_empty((2, *x.shape)) if out is None else out
+    out = residual.new_empty((2, *residual.shape)) if out is None else out
     total, normed = out.unbind(0)
     others, rank, ranks, step = shares or (x, 0, 1, 0)
     block, early = triton.next_power_of_2(x.shape[1]), early and launches_early(x.device)
