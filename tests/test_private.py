@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,32 @@ def test_compiling_leaves_nothing_where_other_ranks_compile() -> None:
     assert set(cache.rglob("*.wrapper*")) == before
     run = private.load_package(package, {}, torch.device("cpu"))
     torch.testing.assert_close(run(torch.ones(2)), torch.tensor([1.0, 2.0]) + new)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_part_of_the_compiled_file_declares_the_arrays_it_uses(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch 2.11's way of remembering them, which without our help goes wrong."""
+    wrapper: Any = resolve("torch._inductor.codegen.cpp_wrapper_cpu.CppWrapperCpu")
+
+    def by_address(self: dict[Any, str], array: str, writeline: Any, known_statically: bool = False) -> str:
+        key = array, id(writeline), known_statically
+        if key not in self:
+            self[key] = f"int_array_{len(self)}"
+            writeline(self[key])
+        return self[key]
+
+    inspect.signature(wrapper.codegen_int_array_var).bind(wrapper, "{1}", print, known_statically=True, graph=None)
+    monkeypatch.setattr(wrapper, "codegen_int_array_var", by_address)
+    parts: list[list[str]] = [[] for _ in range(50)]
+    names: dict[Any, str] = {}
+    used = []
+    with private.writers_kept() if kept else nullcontext():
+        for part in parts * 2:
+            used.append((part, wrapper.codegen_int_array_var(names, "{1, 2}", part.append, known_statically=True)))
+    assert all(name in part for part, name in used) == kept
+    assert wrapper.codegen_int_array_var is by_address
+    if kept:
+        assert [len(part) for part in parts] == [1] * 50
 
 
 @pytest.mark.parametrize("method", ["boxed_run", "get_constant_fqns", "load_constants"])

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ def compile_package(exported: torch.export.ExportedProgram, compiler: str, devic
     lower_operators(exported)
     options = COMPILE_OPTIONS | (CUDA_OPTIONS if device.type == "cuda" else {}) | {"cpp.cxx": (compiler,)}
     with (tempfile.TemporaryDirectory(prefix="tpllm-") as scratch, warnings.catch_warnings(),
-          torch._inductor.config.patch({"aot_inductor.output_path": scratch})):
+          torch._inductor.config.patch({"aot_inductor.output_path": scratch}), writers_kept()):
         warnings.simplefilter("ignore", FutureWarning)
         path = torch._inductor.aoti_compile_and_package(
             exported, package_path=str(Path(scratch, "step.pt2")), inductor_configs=options)
@@ -55,6 +57,30 @@ def lower_operators(exported: torch.export.ExportedProgram) -> None:
         if str(operator).startswith("tpllm.") and operator not in lowering.lowerings:
             tag = torch._library.utils.get_layout_constraint_tag(operator, with_default=True)
             lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+
+
+@contextmanager
+def writers_kept() -> Iterator[None]:
+    """Let what Inductor writes its C++ with live as long as the compilation.
+
+    PyTorch before 2.13 remembers the arrays of sizes it has declared by `id` of a bound method, which ends with the
+    call: another part of the file may get that address next and use an array that it does not have. Now and then a
+    graph of many layers would not compile.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    name_of = CppWrapperCpu.codegen_int_array_var
+    kept: dict[Callable[..., None], Callable[..., None]] = {}
+
+    def with_kept_writer(wrapper: CppWrapperCpu, array: str, writeline: Callable[..., None],
+                         *args: Any, **kwargs: Any) -> str:
+        return name_of(wrapper, array, kept.setdefault(writeline, writeline), *args, **kwargs)
+
+    CppWrapperCpu.codegen_int_array_var = with_kept_writer  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        CppWrapperCpu.codegen_int_array_var = name_of  # type: ignore[method-assign, assignment]
 
 
 def drop_unused(exported: torch.export.ExportedProgram) -> None:
