@@ -66,12 +66,14 @@ def product(x: Tensor, whole: Tensor, norm: Tensor | None, residual: Tensor | No
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     need_kernels()
-    from tpllm.engine.torch.kernels import gemv_quantized, int4
+    from tpllm.engine.torch import kernels
+    from tpllm.engine.torch.kernels import few, few_quantized, gemv_quantized, int4, norm
 
     if INTERPRETED:
-        for module in (gemv_quantized, int4):
+        for module in (few_quantized, gemv_quantized, int4, norm):
             monkeypatch.setattr(module, "launches_early", lambda device: False)
-    return gemv_quantized
+    assert few
+    return kernels
 
 
 @pytest.mark.gpu
@@ -82,7 +84,7 @@ def test_one_row(algo: str, dtype: str, tile: tuple[int, int] | None, kernels: A
     if INTERPRETED and algo == "W4A16" and dtype == "bfloat16":
         pytest.skip("the interpreter multiplies bits of bfloat16 as integers")
     if tile:
-        monkeypatch.setattr(kernels, "TILES", {1 << 31: tile})
+        monkeypatch.setattr(kernels.gemv_quantized, "TILES", {1 << 31: tile})
     torch.manual_seed(1)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -92,8 +94,9 @@ def test_one_row(algo: str, dtype: str, tile: tuple[int, int] | None, kernels: A
                                                  (True, False, True), (True, True, True)]:  # fmt: skip
             width = rows // 2 if swiglu else rows
             residual = torch.randn(1, width).to(x.dtype)
-            found = kernels.gemv(x.to(DEVICE), values, scale, norm.to(DEVICE) if with_norm else None, 1e-5,
-                                 residual.to(DEVICE) if with_residual else None, swiglu)
+            found = kernels.gemv_quantized.gemv(
+                x.to(DEVICE), values, scale, norm.to(DEVICE) if with_norm else None, 1e-5,
+                residual.to(DEVICE) if with_residual else None, swiglu)
             y = product(x, whole, norm if with_norm else None, residual if with_residual else None, swiglu,
                         rounded=algo == "W4A16")
             assert found.shape == y.shape and found.dtype == x.dtype
@@ -124,7 +127,7 @@ def test_tiles_of_int4(dtype: str, tile: tuple[int, int], kernels: Any, monkeypa
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("algo", ALGOS)
 def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "FULL", full)
+    monkeypatch.setattr(kernels.few_quantized, "FULL", full)
     torch.manual_seed(2)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -132,13 +135,46 @@ def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatc
             if INTERPRETED and dtype == "bfloat16" and count <= 128:
                 continue  # the interpreter multiplies bits of bfloat16 as integers
             x = torch.randn(count, columns).to(getattr(torch, dtype))
-            found = kernels.linear(x.to(DEVICE), values, scale)
+            exact = x.double() @ whole.T
+            found = kernels.few.linear(x.to(DEVICE), values, scale)
             assert found.shape == (count, rows) and found.dtype == x.dtype
-            assert relative(found, x.double() @ whole.T) < TOLERANCE[dtype], (rows, columns, count)
+            assert relative(found, exact) < TOLERANCE[dtype], (rows, columns, count)
+            if INTERPRETED and dtype == "bfloat16":
+                continue
+            found = kernels.few.linear_swiglu(x.to(DEVICE), values, scale)
+            first, second = exact.chunk(2, dim=-1)
+            assert found.shape == (count, rows // 2) and found.dtype == x.dtype
+            assert relative(found, silu(first) * second) < TOLERANCE[dtype], (rows, columns, count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cut", [(32, 1, 5, False), (64, 3, 2, False), (64, 2, 3, True)], ids=str)
+@pytest.mark.parametrize("algo", ALGOS)
+def test_whole_tiles_and_the_sum_and_norm_behind_them(algo: str, cut: tuple[int, int, int, bool], dtype: str,
+                                                      kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("the interpreter multiplies bits of bfloat16 as integers")
+    monkeypatch.setattr(kernels.few_quantized, "cut_for", lambda *_, **__: kernels.few_quantized.Cut(*cut))
+    torch.manual_seed(4)
+    for count in (3, 20, 40):
+        values, scale, whole = make(128, 896, dtype, algo)
+        x = torch.randn(count, 896).to(getattr(torch, dtype))
+        residual, norm = torch.randn(count, 128).to(x), (1 + torch.randn(128) / 5).to(x)
+        product = x.double() @ whole.T
+        moved = [t.to(DEVICE) for t in (x, values, scale, residual, norm)]
+        total, normed = kernels.few.linear_add_norm(*moved, 1e-5)
+        expected = product + residual.double()
+        assert relative(total, expected) < TOLERANCE[dtype]
+        scaled = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1e-5)
+        assert relative(normed, scaled * norm.double()) < TOLERANCE[dtype]
+        both = kernels.few_quantized.few(x.to(DEVICE), values, scale, kernels.few_quantized.Cut(*cut), swiglu=True)
+        if cut[1] == 1:
+            assert relative(both, silu(product[:, :64]) * product[:, 64:]) < TOLERANCE[dtype]
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 27, "-k", "row or tiles")
+    run_interpreted(__file__, 33, "-k", "row or tiles")
 
 
 # Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.

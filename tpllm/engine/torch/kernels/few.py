@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.engine.torch.kernels import few_quantized
 from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
@@ -108,27 +109,36 @@ def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -
     return out
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> torch.Tensor:
-    """`[M, N]` of `x [M, K]` and `weight [N, K]`; with `divisible` it may be the parts in float32, `[parts, M, N]`."""
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None,
+           divisible: bool = False) -> torch.Tensor:
+    """`[M, N]` of `x [M, K]` and `weight [N, K]`; with `divisible` it may be the parts in float32, `[parts, M, N]`.
+
+    With `scale` the weight is quantized.
+    """
+    if scale is not None:
+        return few_quantized.linear(x, weight, scale, divisible)
     cut = cut_for(x, weight, divisible)
     return F.linear(x, weight) if cut is None else few(x, weight, cut)
 
 
-def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """`[M, N]` of `x [M, K]` and `weight [2N, K]`: silu(first half) * second half of the product."""
-    cut, size = cut_for(x, weight), weight.shape[0] // 2
-    if cut is not None:
-        return few(x, weight, cut, swiglu=True)
-    product = F.linear(x, weight)
+    if scale is not None:
+        made = few_quantized.linear_swiglu(x, weight, scale)
+    else:
+        made = few(x, weight, cut, swiglu=True) if (cut := cut_for(x, weight)) else None
+    if made is not None:
+        return made
+    product, size = linear(x, weight, scale), weight.shape[0] // 2
     out = product.new_empty((x.shape[0], size))
     _swiglu[(x.shape[0], triton.cdiv(size, 1024))](product, out, size, BLOCK=1024)
     return out
 
 
-def linear_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
-                    epsilon: float) -> torch.Tensor:
+def linear_add_norm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, residual: torch.Tensor,
+                    norm: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`residual [M, N]` plus `x [M, K]` times `weight [N, K]`, and its norm times `norm [N]`, stacked."""
-    product = linear(x, weight, divisible=True)
+    product = linear(x, weight, scale, divisible=True)
     if product.dim() == 2:
         return add_norm(product, residual, norm, epsilon, early=True)
     shares = Shares(product.flatten(0, 1), 0, product.shape[0], x.shape[0])
