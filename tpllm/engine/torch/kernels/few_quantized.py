@@ -33,6 +33,7 @@ class Cut(NamedTuple):
     parts: int
     stages: int
     turned: bool
+    warps: int = 4
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def few(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, cut: Cut, sw
     _few[(triton.cdiv(weight.shape[0], cut.lines), cut.parts)](
         x.contiguous(), weight, scale, out, rows, size, columns, ones, INT4=packed, TURNED=cut.turned, SWIGLU=swiglu,
         EARLY=early, WHOLE=whole, LINES=cut.lines, ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts,
-        STAGES=cut.stages, MORE=more, num_warps=4, launch_pdl=early)
+        STAGES=cut.stages, MORE=more, num_warps=cut.warps, launch_pdl=early)
     return out
 
 
