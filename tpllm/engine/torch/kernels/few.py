@@ -67,14 +67,22 @@ def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.const
     tl.store(out + place, tl.trans(acc).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _swiglu(x, out, N, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M"])
+def _swiglu(x, out, M, N, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """Of `[PARTS, M, 2N]`."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    half = tl.load(x + row * 2 * N + column, mask=column < N, other=0.0)
-    gate = tl.load(x + row * 2 * N + N + column, mask=column < N, other=0.0)
-    wide = half.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(half.dtype)  # rounded as the model rounds it
-    tl.store(out + row * N + column, silu * gate, mask=column < N)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    half, gate = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = x + (part * M + row) * 2 * N + column
+        half += tl.load(at, mask=column < N, other=0.0).to(tl.float32)
+        gate += tl.load(at + N, mask=column < N, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.dtype.element_ty
+    half = half.to(dtype).to(tl.float32)
+    silu = (half / (1.0 + tl.exp(-half))).to(dtype)  # rounded as the model rounds it
+    tl.store(out + row * N + column, silu * gate.to(dtype), mask=column < N)
 
 
 @cache
@@ -129,9 +137,10 @@ def linear_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | N
         made = few(x, weight, cut, swiglu=True) if (cut := cut_for(x, weight)) else None
     if made is not None:
         return made
-    product, size = linear(x, weight, scale), weight.shape[0] // 2
-    out = product.new_empty((x.shape[0], size))
-    _swiglu[(x.shape[0], triton.cdiv(size, 1024))](product, out, size, BLOCK=1024)
+    product, rows, size = linear(x, weight, scale, divisible=True), x.shape[0], weight.shape[0] // 2
+    out, early = torch.empty((rows, size), dtype=x.dtype, device=x.device), launches_early(x.device)
+    _swiglu[(rows, triton.cdiv(size, 1024))](product, out, rows, size, PARTS=product.numel() // (2 * rows * size),
+                                             EARLY=early, BLOCK=1024, launch_pdl=early)
     return out
 
 

@@ -19,8 +19,8 @@ from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.int4 import _pairs
 
 MOST_ROWS = 128  # for more, weights are written out first
-FULL = 256  # programs that keep a GPU busy
-MAX_PARTS, SHORTEST = 8, 512  # of a sum whose programs were fewer, so many columns long at least
+# To make numbers takes a program longer than to load them, so that there should be many at once.
+FULL, SHORTEST = 512, 512  # programs for which a product is cut into parts, of so many columns at least
 
 
 class Cut(NamedTuple):
@@ -123,6 +123,18 @@ def _few(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.conste
 
 
 @triton.jit
+def _sum_parts(parts, out, COUNT, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * COUNT + at, mask=at < COUNT, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < COUNT)
+
+
+@triton.jit
 def _dequantize(w, scales, out, K, INT4: tl.constexpr, BLOCK: tl.constexpr):
     line, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     groups = tl.cdiv(K, 128)
@@ -145,18 +157,28 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, columns: int, dtype: 
     return out
 
 
-def cut_for(x: torch.Tensor, weight: torch.Tensor, parts: int = MAX_PARTS) -> Cut | None:
-    """How their product is cut, into so many parts at most; None where weights are better written out.
+def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[M, N]` of `[parts, M, N]`."""
+    out, early = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device), launches_early(parts.device)
+    _sum_parts[(triton.cdiv(out.numel(), 512),)](
+        parts, out, out.numel(), PARTS=parts.shape[0], EARLY=early, BLOCK=512, launch_pdl=early)
+    return out
+
+
+def cut_for(x: torch.Tensor, weight: torch.Tensor) -> Cut | None:
+    """How their product is cut; None where weights are better written out.
 
     That is for many rows, which computing bounds, and for float32, which tensor cores do not multiply.
     """
     (rows, columns), size, packed = x.shape, weight.shape[0], weight.dtype == torch.int32
     if rows > MOST_ROWS or x.dtype == torch.float32:
         return None
-    turned = packed or rows > 32
-    lines = 64 if turned or size >= 64 * FULL else 32
-    parts = max(1, min(FULL * lines // size, parts, MAX_PARTS, columns // SHORTEST))
-    return Cut(lines, parts, 3 if turned else 5, turned)
+    small = rows <= 32
+    lines, warps = (64, 4) if small or not packed else (128, 8)
+    parts = max(1, min(FULL * lines // size, 8 if small else 4, columns // SHORTEST))
+    # So few ahead that where there are many programs, or rows, enough of them find room at once.
+    ahead = rows <= 16 or (small and parts * size < 400 * lines)
+    return Cut(lines, parts, 5 if ahead else 3, packed or not small, warps)
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:
@@ -177,17 +199,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, divisible
     """`[M, N]`: x `[M, K]` times the weight `[N, K]` that the two stand for; with `divisible` as of `few.linear`."""
     if (cut := cut_for(x, weight)) is None:
         return F.linear(x, dequantized(weight, scale, x.shape[1], x.dtype))
-    if weight.dtype == torch.int32 and x.shape[0] <= int4.ROWS and cut.parts == 1:
+    if _by_warps(x, weight):
         return int4.few_rows(x.contiguous(), weight, scale)
     product = few(x, weight, scale, cut)
-    return product if cut.parts == 1 or divisible else product.sum(0).to(x.dtype)
+    return product if cut.parts == 1 or divisible else sum_parts(product, x.dtype)
 
 
 def linear_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
     """`[M, N]` of the weight `[2N, K]`: silu(first half) * second half, if a kernel makes it at once."""
-    cut = cut_for(x, weight, parts=1)
-    if cut is None:
+    if (cut := cut_for(x, weight)) is None:
         return None
-    if weight.dtype == torch.int32 and x.shape[0] <= int4.ROWS:
+    if _by_warps(x, weight):
         return int4.few_rows(x.contiguous(), weight, scale, swiglu=True)
-    return few(x, weight, scale, cut, swiglu=True)
+    return few(x, weight, scale, cut, swiglu=True) if cut.parts == 1 else None
+
+
+def _by_warps(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `int4.few_rows` is for this product, and faster."""
+    return weight.dtype == torch.int32 and x.shape[0] <= (2 if weight.shape[0] <= 4096 else int4.ROWS)
