@@ -13,11 +13,13 @@ import torch
 from dequantized import dequantized_reference
 from interpreted import DEVICE, GPU, INTERPRETED, need_kernels, run_interpreted
 from makers import Shape, make_meta_dir
+from test_gpu_kernels import group, rms_norm  # noqa: F401  a fixture
 from torch import Tensor
 from torch.nn.functional import silu
 
 from tpllm.cli import main
 from tpllm.distributed import World
+from tpllm.engine.torch import communicator, exchange, rehearsal
 from tpllm.quantization import quantized, stored
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
@@ -67,10 +69,10 @@ def product(x: Tensor, whole: Tensor, norm: Tensor | None, residual: Tensor | No
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     need_kernels()
     from tpllm.engine.torch import kernels
-    from tpllm.engine.torch.kernels import few, few_quantized, gemv_quantized, int4, norm
+    from tpllm.engine.torch.kernels import few, few_quantized, gemv_quantized, int4, norm, push
 
     if INTERPRETED:
-        for module in (few, few_quantized, gemv_quantized, int4, norm):
+        for module in (few, few_quantized, gemv_quantized, int4, norm, push):
             monkeypatch.setattr(module, "launches_early", lambda device: False)
     return kernels
 
@@ -165,15 +167,50 @@ def test_whole_tiles_and_the_sum_and_norm_behind_them(algo: str, cut: tuple[int,
         total, normed = kernels.few.linear_add_norm(*moved, 1e-5)
         expected = product + residual.double()
         assert relative(total, expected) < TOLERANCE[dtype]
-        scaled = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1e-5)
-        assert relative(normed, scaled * norm.double()) < TOLERANCE[dtype]
+        assert relative(normed, rms_norm(expected, norm.double())) < TOLERANCE[dtype]
         both = kernels.few_quantized.few(x.to(DEVICE), values, scale, kernels.few_quantized.Cut(*cut), swiglu=True)
         if cut[1] == 1:
             assert relative(both, silu(product[:, :64]) * product[:, 64:]) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("algo", ALGOS)
+def test_several_rows_summed_over_ranks(algo: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pushes, in one piece and in parts, and as NCCL would; ranks are this one again and again."""
+    monkeypatch.setattr(communicator, "PUSH_BYTES", 2 * 9 * 64)
+    alone = rehearsal.Alone(1, 3, torch.device(DEVICE), 64, torch.float16, "push")
+    alone.sum_all()
+    torch.manual_seed(5)
+    values, scale, whole = make(64, 1100, "float16", algo)
+    for count, full in [(9, 0), (9, 1 << 30), (1, 0), (3, 1 << 30), (12, 1 << 30)]:
+        monkeypatch.setattr(kernels.few_quantized, "FULL", full)
+        x, residual, norm = (torch.randn(shape).half() for shape in ((count, 1100), (count, 64), (64,)))
+        moved = [t.to(DEVICE) for t in (x, values, scale, residual, norm)]
+        found = alone.linear_all_reduce_add_norm(*moved, 1e-5)
+        ranks = 3 if count <= 9 else 1
+        expected = residual.double() + ranks * (x.double() @ whole.T)
+        for made, exact in ((found[0], expected), (found[1], rms_norm(expected, norm.double()))):
+            assert relative(made, exact) < 2 * TOLERANCE["float16"], (count, full)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("group", "kernels")
+@pytest.mark.parametrize("algo", ALGOS)
+def test_many_rows_summed_in_parts(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "PART_ROWS", 4)
+    alone: communicator.Communicator = object.__new__(communicator.Communicator)
+    alone._exchanged = None
+    torch.manual_seed(6)
+    values, scale, whole = make(64, 300, "float32", algo)
+    x, residual, norm = (torch.randn(shape) for shape in ((11, 300), (11, 64), (64,)))
+    found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, values, scale, residual, norm)), 1e-5)
+    expected = residual.double() + x.double() @ whole.T
+    assert relative(found[0], expected) < TOLERANCE["float32"]
+    assert relative(found[1], rms_norm(expected, norm.double())) < TOLERANCE["float32"]
+
+
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 33, "-k", "row or tiles")
+    run_interpreted(__file__, 37, "-k", "row or tiles")
 
 
 # Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.
