@@ -97,8 +97,8 @@ def check_in_parts(world: World) -> None:
         given.append([t.to(gpus.dtype) for t in (x, weight, residual, norm)])
     on_gpus = [[t.to(gpus.device) for t in each] for each in given]
     for x, weight, residual, norm in on_gpus:
-        first = gpus.linear_all_reduce_add_norm(x, weight, residual, norm, 1e-5)
-        second = gpus.linear_all_reduce_add_norm(x, weight, first[0], norm, 1e-5)
+        first = gpus.linear_all_reduce_add_norm(x, weight, None, residual, norm, 1e-5)
+        second = gpus.linear_all_reduce_add_norm(x, weight, None, first[0], norm, 1e-5)
         some = gpus.select_rows(first[0], torch.arange(0, len(x), 7, device=gpus.device))
         found.append((gpus.select_rows(first[0], None), first[1], gpus.select_rows(second[0], None), second[1], some))
     for (x, weight, residual, norm), results in zip(given, found, strict=True):

@@ -311,18 +311,21 @@ RANKS = ONE_RANK | {"linear_all_reduce_add_norm": 2 * LAYERS, "all_gather": 1}
 PRODUCTS = {"linear": LAYERS + 1, "linear_swiglu": LAYERS}
 
 
-@pytest.mark.parametrize(("tp_size", "export", "kernels"), [
-    (1, export_step, ONE_RANK | PRODUCTS | {"linear_add_norm": 2 * LAYERS}),
-    (1, export_decode, ONE_RANK | {"gemv": 4 * LAYERS + 1}),
+@pytest.mark.parametrize(("tp_size", "export", "quant", "kernels"), [
+    (1, export_step, None, ONE_RANK | PRODUCTS | {"linear_add_norm": 2 * LAYERS}),
+    (1, export_step, "W4A16", ONE_RANK | PRODUCTS | {"linear_add_norm": 2 * LAYERS}),
+    (1, export_decode, None, ONE_RANK | {"gemv": 4 * LAYERS + 1}),
+    (1, export_decode, "W4A16", ONE_RANK | {"gemv_quantized": 4 * LAYERS, "gemv": 1}),
     # Each rank may have only some rows of the last sum but one, of which the last layer wants a few.
-    (4, export_step, RANKS | PRODUCTS | {"select_summed_rows": 1}),
-    (4, export_decode, RANKS | {"gemv": 2 * LAYERS + 1}),
+    (4, export_step, None, RANKS | PRODUCTS | {"select_summed_rows": 1}),
+    (4, export_step, "W8A16", RANKS | PRODUCTS | {"select_summed_rows": 1}),
+    (4, export_decode, None, RANKS | {"gemv": 2 * LAYERS + 1}),
 ])  # fmt: skip
-def test_graphs_for_gpus_are_of_the_kernels_meant_for_them(tp_size: int, export: Any, kernels: dict[str, int],
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_for_gpus_are_of_the_kernels_meant_for_them(
+        tp_size: int, export: Any, quant: str | None, kernels: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported on a CPU, which is all that a graph needs."""
     monkeypatch.setattr(CudaOps, "_streams", False)
-    shape = ModelConfig("LlamaForCausalLM", "bfloat16", 96, 64, LAYERS, 8, 4, 8, 128, 1e-5, 1e4, 256)
+    shape = ModelConfig("LlamaForCausalLM", "bfloat16", 96, 64, LAYERS, 8, 4, 8, 128, 1e-5, 1e4, 256, quant_algo=quant)
     model = find_model(shape.architecture)(shape)
     monkeypatch.setattr(program, "Survey", lambda: survey(model))  # what it takes for GPUs only
     config = EngineConfig(shape, BuildConfig("inductor", "cuda", 8, 32, 64), tp_size, "", {})

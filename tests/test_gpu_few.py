@@ -78,7 +78,8 @@ def test_a_product_with_the_sum_and_norm_behind_it(parts: int, dtype: torch.dtyp
     monkeypatch.setattr(few, "cut_for", lambda *_, **__: few.Cut(parts, 3) if parts else None)
     x, weight = made(6, 128, 384, dtype)
     residual, norm = torch.randn(6, 128).to(dtype), torch.randn(128).to(dtype)
-    total, normed = few.linear_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5).unbind(0)
+    moved = [t.to(DEVICE) for t in (x, weight, residual, norm)]
+    total, normed = few.linear_add_norm(*moved[:2], None, *moved[2:], 1e-5).unbind(0)
     expected = residual.double() + x.double() @ weight.double().T
     close(total, expected, dtype)
     close(normed, rms_norm(expected, norm.double()), dtype)

@@ -77,7 +77,8 @@ def test_a_product_that_is_summed_in_parts(rows: int, kernels: Any, group: None,
     alone._exchanged = None
     torch.manual_seed(rows)
     x, weight, residual, norm = (torch.randn(shape) for shape in ((rows, 48), (64, 48), (rows, 64), (64,)))
-    found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5)
+    moved = [t.to(DEVICE) for t in (x, weight, residual, norm)]
+    found = alone.linear_all_reduce_add_norm(*moved[:2], None, *moved[2:], 1e-5)
     expected = residual.double() + x.double() @ weight.double().T
     close(found[0], expected, torch.float32)
     close(found[1], rms_norm(expected, norm.double()), torch.float32)
@@ -155,7 +156,8 @@ def test_sums_of_a_rank_alone(rank: int, ranks: int, kernels: Any, monkeypatch: 
     for count in (rows, 1, 1, 1):
         x, residual, weight, norm = (torch.randn(shape) for shape in ((count, inner), (count, width), (width, inner),
                                                                       (width,)))
-        found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, weight, residual, norm)), 1e-5)
+        moved = [t.to(DEVICE) for t in (x, weight, residual, norm)]
+        found = alone.linear_all_reduce_add_norm(*moved[:2], None, *moved[2:], 1e-5)
         expected = residual.double() + ranks * (x.double() @ weight.double().T)
         close(found[0], expected, torch.float32)
         close(found[1], rms_norm(expected, norm.double()), torch.float32)

@@ -13,11 +13,13 @@ import torch
 from dequantized import dequantized_reference
 from interpreted import DEVICE, GPU, INTERPRETED, need_kernels, run_interpreted
 from makers import Shape, make_meta_dir
+from test_gpu_kernels import group, rms_norm  # noqa: F401  a fixture
 from torch import Tensor
 from torch.nn.functional import silu
 
 from tpllm.cli import main
 from tpllm.distributed import World
+from tpllm.engine.torch import communicator, exchange, rehearsal
 from tpllm.quantization import quantized, stored
 from tpllm.runner import ModelRunner
 from tpllm.sampling import SamplingParams
@@ -66,12 +68,13 @@ def product(x: Tensor, whole: Tensor, norm: Tensor | None, residual: Tensor | No
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     need_kernels()
-    from tpllm.engine.torch.kernels import gemv_quantized, int4
+    from tpllm.engine.torch import kernels
+    from tpllm.engine.torch.kernels import few, few_quantized, gemv_quantized, int4, norm, push
 
     if INTERPRETED:
-        for module in (gemv_quantized, int4):
+        for module in (few, few_quantized, gemv_quantized, int4, norm, push):
             monkeypatch.setattr(module, "launches_early", lambda device: False)
-    return gemv_quantized
+    return kernels
 
 
 @pytest.mark.gpu
@@ -82,7 +85,7 @@ def test_one_row(algo: str, dtype: str, tile: tuple[int, int] | None, kernels: A
     if INTERPRETED and algo == "W4A16" and dtype == "bfloat16":
         pytest.skip("the interpreter multiplies bits of bfloat16 as integers")
     if tile:
-        monkeypatch.setattr(kernels, "TILES", {1 << 31: tile})
+        monkeypatch.setattr(kernels.gemv_quantized, "TILES", {1 << 31: tile})
     torch.manual_seed(1)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -92,8 +95,9 @@ def test_one_row(algo: str, dtype: str, tile: tuple[int, int] | None, kernels: A
                                                  (True, False, True), (True, True, True)]:  # fmt: skip
             width = rows // 2 if swiglu else rows
             residual = torch.randn(1, width).to(x.dtype)
-            found = kernels.gemv(x.to(DEVICE), values, scale, norm.to(DEVICE) if with_norm else None, 1e-5,
-                                 residual.to(DEVICE) if with_residual else None, swiglu)
+            found = kernels.gemv_quantized.gemv(
+                x.to(DEVICE), values, scale, norm.to(DEVICE) if with_norm else None, 1e-5,
+                residual.to(DEVICE) if with_residual else None, swiglu)
             y = product(x, whole, norm if with_norm else None, residual if with_residual else None, swiglu,
                         rounded=algo == "W4A16")
             assert found.shape == y.shape and found.dtype == x.dtype
@@ -124,7 +128,7 @@ def test_tiles_of_int4(dtype: str, tile: tuple[int, int], kernels: Any, monkeypa
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("algo", ALGOS)
 def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "FULL", full)
+    monkeypatch.setattr(kernels.few_quantized, "FULL", full)
     torch.manual_seed(2)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -132,13 +136,81 @@ def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatc
             if INTERPRETED and dtype == "bfloat16" and count <= 128:
                 continue  # the interpreter multiplies bits of bfloat16 as integers
             x = torch.randn(count, columns).to(getattr(torch, dtype))
-            found = kernels.linear(x.to(DEVICE), values, scale)
+            exact = x.double() @ whole.T
+            found = kernels.few.linear(x.to(DEVICE), values, scale)
             assert found.shape == (count, rows) and found.dtype == x.dtype
-            assert relative(found, x.double() @ whole.T) < TOLERANCE[dtype], (rows, columns, count)
+            assert relative(found, exact) < TOLERANCE[dtype], (rows, columns, count)
+            if INTERPRETED and dtype == "bfloat16":
+                continue
+            found = kernels.few.linear_swiglu(x.to(DEVICE), values, scale)
+            first, second = exact.chunk(2, dim=-1)
+            assert found.shape == (count, rows // 2) and found.dtype == x.dtype
+            assert relative(found, silu(first) * second) < TOLERANCE[dtype], (rows, columns, count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cut", [(32, 1, 5, False), (64, 3, 2, False), (64, 2, 3, True)], ids=str)
+@pytest.mark.parametrize("algo", ALGOS)
+def test_whole_tiles_and_the_sum_and_norm_behind_them(algo: str, cut: tuple[int, int, int, bool], dtype: str,
+                                                      kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("the interpreter multiplies bits of bfloat16 as integers")
+    monkeypatch.setattr(kernels.few_quantized, "cut_for", lambda *_, **__: kernels.few_quantized.Cut(*cut))
+    torch.manual_seed(4)
+    for count in (3, 20, 40):
+        values, scale, whole = make(128, 896, dtype, algo)
+        x = torch.randn(count, 896).to(getattr(torch, dtype))
+        residual, norm = torch.randn(count, 128).to(x), (1 + torch.randn(128) / 5).to(x)
+        product = x.double() @ whole.T
+        moved = [t.to(DEVICE) for t in (x, values, scale, residual, norm)]
+        total, normed = kernels.few.linear_add_norm(*moved, 1e-5)
+        expected = product + residual.double()
+        assert relative(total, expected) < TOLERANCE[dtype]
+        assert relative(normed, rms_norm(expected, norm.double())) < TOLERANCE[dtype]
+        both = kernels.few_quantized.few(x.to(DEVICE), values, scale, kernels.few_quantized.Cut(*cut), swiglu=True)
+        if cut[1] == 1:
+            assert relative(both, silu(product[:, :64]) * product[:, 64:]) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algo", ALGOS)
+def test_several_rows_summed_over_ranks(algo: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pushes, in one piece and in parts, and as NCCL would; ranks are this one again and again."""
+    monkeypatch.setattr(communicator, "PUSH_BYTES", 2 * 9 * 64)
+    alone = rehearsal.Alone(1, 3, torch.device(DEVICE), 64, torch.float16, "push")
+    alone.sum_all()
+    torch.manual_seed(5)
+    values, scale, whole = make(64, 1100, "float16", algo)
+    for count, full in [(9, 0), (9, 1 << 30), (1, 0), (3, 1 << 30), (12, 1 << 30)]:
+        monkeypatch.setattr(kernels.few_quantized, "FULL", full)
+        x, residual, norm = (torch.randn(shape).half() for shape in ((count, 1100), (count, 64), (64,)))
+        moved = [t.to(DEVICE) for t in (x, values, scale, residual, norm)]
+        found = alone.linear_all_reduce_add_norm(*moved, 1e-5)
+        ranks = 3 if count <= 9 else 1
+        expected = residual.double() + ranks * (x.double() @ whole.T)
+        for made, exact in ((found[0], expected), (found[1], rms_norm(expected, norm.double()))):
+            assert relative(made, exact) < 2 * TOLERANCE["float16"], (count, full)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("group", "kernels")
+@pytest.mark.parametrize("algo", ALGOS)
+def test_many_rows_summed_in_parts(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "PART_ROWS", 4)
+    alone: communicator.Communicator = object.__new__(communicator.Communicator)
+    alone._exchanged = None
+    torch.manual_seed(6)
+    values, scale, whole = make(64, 300, "float32", algo)
+    x, residual, norm = (torch.randn(shape) for shape in ((11, 300), (11, 64), (64,)))
+    found = alone.linear_all_reduce_add_norm(*(t.to(DEVICE) for t in (x, values, scale, residual, norm)), 1e-5)
+    expected = residual.double() + x.double() @ whole.T
+    assert relative(found[0], expected) < TOLERANCE["float32"]
+    assert relative(found[1], rms_norm(expected, norm.double())) < TOLERANCE["float32"]
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 27, "-k", "row or tiles")
+    run_interpreted(__file__, 37, "-k", "row or tiles")
 
 
 # Inner widths of 2.5 groups, 1 group and a short one, and with group-query attention.

@@ -31,8 +31,8 @@ PARTS = {
     "report": ("report",),
     "scale": ("records", "cli.scale"),
     "sbatch": ("launch.sbatch", "cli.sbatch"),
-    "quantization": ("quantization", "engine.torch.quantized", "engine.torch.kernels.gemv_quantized",
-                     "engine.torch.kernels.int4"),
+    "quantization": ("quantization", "engine.torch.quantized", "engine.torch.kernels.few_quantized",
+                     "engine.torch.kernels.gemv_quantized", "engine.torch.kernels.int4"),
     "sources": ("checkpoint.hf", "checkpoint.reshard"),
     "tensorrt": ("engine.tensorrt",),
     # What engines of PyTorch have on GPUs only; nothing but these engines stands on it.
@@ -44,7 +44,8 @@ PARTS = {
 STANDING = dict.fromkeys(("gpus", "peers", "kernels"), "tpllm.engine.torch.")  # on other parts only verbs do
 # Where weights are described, written and multiplied with, the core asks this part whether they are quantized.
 HOOKS = {"quantization": ("config", "models.base", "checkpoint.convert", "engine.random_weights",
-                          "engine.torch.program", "engine.tensorrt.lowering")}  # fmt: skip
+                          "engine.torch.program", "engine.torch.communicator", "engine.torch.kernels.few",
+                          "engine.tensorrt.lowering")}  # fmt: skip
 
 # A module may import from lower floors only, or from its own package. A new one needs a floor here.
 FLOORS = [

@@ -18,8 +18,8 @@ library.define("all_gather(Tensor x, int ranks) -> Tensor")
 library.define("all_reduce_add_norm(Tensor x, Tensor residual, Tensor norm, float epsilon) -> Tensor")
 # The product before it too, so that of many rows some are summed while others are computed. Of such a sum every rank
 # has the norm, but maybe not all rows, so that these are asked for by an operator of their own.
-library.define("linear_all_reduce_add_norm(Tensor x, Tensor weight, Tensor residual, Tensor norm, float epsilon) -> "
-               "Tensor")
+library.define("linear_all_reduce_add_norm(Tensor x, Tensor weight, Tensor? scale, Tensor residual, Tensor norm, "
+               "float epsilon) -> Tensor")
 library.define("select_summed_rows(Tensor total, Tensor? rows) -> Tensor")
 
 # A compiled graph calls its operators by name, so the ranks they speak to cannot be passed as an argument.
@@ -72,9 +72,9 @@ def _all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Te
 
 
 @torch.library.impl(library, "linear_all_reduce_add_norm", "CUDA")
-def _linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
-                                epsilon: float) -> torch.Tensor:
-    return _gpus[0].linear_all_reduce_add_norm(x, weight, residual, norm, epsilon)
+def _linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None,
+                                residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return _gpus[0].linear_all_reduce_add_norm(x, weight, scale, residual, norm, epsilon)
 
 
 @torch.library.impl(library, "select_summed_rows", "CUDA")
@@ -98,7 +98,7 @@ def _(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilon: floa
 
 
 @torch.library.register_fake("tpllm::linear_all_reduce_add_norm", lib=library)
-def _(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor,
       epsilon: float) -> torch.Tensor:
     return x.new_empty((2, *residual.shape))
 
@@ -127,13 +127,15 @@ def all_reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Ten
     return total, normed
 
 
-def linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+def linear_all_reduce_add_norm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None,
+                               residual: torch.Tensor, norm: torch.Tensor,
                                epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`all_reduce_add_norm` of `x [T, in]` times `weight [width, in]`; a rank may have only some rows of the sum.
 
-    It may be `residual` of the next as it is, else `select_summed_rows` must find its rows.
+    It may be `residual` of the next as it is, else `select_summed_rows` must find its rows. With `scale` the weight is
+    quantized.
     """
-    total, normed = torch.ops.tpllm.linear_all_reduce_add_norm(x, weight, residual, norm, epsilon).unbind(0)
+    total, normed = torch.ops.tpllm.linear_all_reduce_add_norm(x, weight, scale, residual, norm, epsilon).unbind(0)
     return total, normed
 
 

@@ -72,22 +72,24 @@ class Communicator:
 
         return add_norm(self.all_reduce(x), residual, norm, epsilon)
 
-    def linear_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
-                                   norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def linear_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None,
+                                   residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
         """The same of `x [rows, in]` times `weight [width, in]`: what is computed is sent while the rest is.
 
         Of the sum, not of its norm, a rank may then have only a share of the rows: the same of as many rows, so that
-        the sum may be `residual` of the next call as it is. `select_rows` has whole ones.
+        the sum may be `residual` of the next call as it is. `select_rows` has whole ones. With `scale` the weight is
+        quantized.
         """
-        if x.shape[0] == 1:
+        from tpllm.engine.torch.kernels.few import linear
+        from tpllm.engine.torch.kernels.few_quantized import dequantized
+
+        if x.shape[0] == 1 and scale is None:
             return self._row_all_reduce_add_norm(x, weight, residual, norm, epsilon)
         if parts := self._parts(x.shape[0]):
-            return parts.linear_add_norm(x, weight, residual, norm, epsilon)
-        if self._name(residual) == "push":
-            from tpllm.engine.torch.kernels.few import linear
-
-            return self.all_reduce_add_norm(linear(x, weight, divisible=True), residual, norm, epsilon)
-        return self.all_reduce_add_norm(torch.nn.functional.linear(x, weight), residual, norm, epsilon)
+            whole = weight if scale is None else dequantized(weight, scale, x.shape[1], x.dtype)
+            return parts.linear_add_norm(x, whole, residual, norm, epsilon)
+        product = linear(x, weight, scale, divisible=self._name(residual) == "push")
+        return self.all_reduce_add_norm(product, residual, norm, epsilon)
 
     def select_rows(self, total: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """These rows, or all, of a sum that `linear_all_reduce_add_norm` made."""

@@ -21,45 +21,48 @@ from tpllm.engine.torch.collectives import (
 from tpllm.engine.torch.merge import merged_name
 from tpllm.engine.torch.program import INV_FREQ, TorchOps
 
-library.define("linear(Tensor x, Tensor weight) -> Tensor")
-library.define("linear_swiglu(Tensor x, Tensor weight) -> Tensor")
-library.define("linear_add_norm(Tensor x, Tensor weight, Tensor residual, Tensor norm, float epsilon) -> Tensor")
+# A scale is that of a quantized weight.
+library.define("linear(Tensor x, Tensor weight, Tensor? scale) -> Tensor")
+library.define("linear_swiglu(Tensor x, Tensor weight, Tensor? scale) -> Tensor")
+library.define("linear_add_norm(Tensor x, Tensor weight, Tensor? scale, Tensor residual, Tensor norm, float epsilon) "
+               "-> Tensor")
 
 
 @torch.library.impl(library, "linear", "CUDA")
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     # Triton is there on machines with GPUs only.
     from tpllm.engine.torch.kernels.few import linear
 
-    return linear(x, weight)
+    return linear(x, weight, scale)
 
 
 @torch.library.impl(library, "linear_swiglu", "CUDA")
-def _linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+def _linear_swiglu(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     from tpllm.engine.torch.kernels.few import linear_swiglu
 
-    return linear_swiglu(x, weight)
+    return linear_swiglu(x, weight, scale)
 
 
 @torch.library.impl(library, "linear_add_norm", "CUDA")
-def _linear_add_norm(x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor, epsilon: float) -> Tensor:
+def _linear_add_norm(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor,
+                     epsilon: float) -> Tensor:
     from tpllm.engine.torch.kernels.few import linear_add_norm
 
-    return linear_add_norm(x, weight, residual, norm, epsilon)
+    return linear_add_norm(x, weight, scale, residual, norm, epsilon)
 
 
 @torch.library.register_fake("tpllm::linear", lib=library)
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("tpllm::linear_swiglu", lib=library)
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0] // 2))
 
 
 @torch.library.register_fake("tpllm::linear_add_norm", lib=library)
-def _(x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor, epsilon: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor, epsilon: float) -> Tensor:
     return x.new_empty((2, *residual.shape))
 
 
@@ -83,7 +86,8 @@ class CudaOps(TorchOps):
         self._origins: list[tuple[Tensor, Origin]] = []
         self._rotations: list[tuple[Tensor, Tensor]] = []  # (rotated, what it was before)
         self._adds = 0
-        self._made: tuple[Tensor, Tensor, Tensor] | None = None  # the last plain product, of what and which weight
+        # The last product without a bias, of what, and of which weight and scale.
+        self._made: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
         self._reduced: tuple[Tensor, Tensor] | None = None  # the last all-reduce's result, what it was made of
         self._normed: tuple[Tensor, str, Tensor] | None = None  # the last sum normed in the same kernel, its norm
         self._shared: list[Tensor] = []  # sums of which this rank may have only some rows
@@ -105,12 +109,14 @@ class CudaOps(TorchOps):
         return super().rms_norm(self._whole(x), name)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        if self._find(name + ".bias") is not None or self._scale(name) is not None:
-            self._made = None
+        weight, bias, scale = self._get(name + ".weight"), self._find(name + ".bias"), self._scale(name)
+        self._made = None
+        if bias is not None and scale is None:
             return super().linear(x, name)
-        weight = self._get(name + ".weight")
-        product: Tensor = torch.ops.tpllm.linear(x, weight)
-        self._made = (product, x, weight)
+        product: Tensor = torch.ops.tpllm.linear(x, weight, scale)
+        if bias is not None:
+            return product + bias
+        self._made = (product, x, weight, scale)
         return product
 
     def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
@@ -150,9 +156,9 @@ class CudaOps(TorchOps):
 
     def _swiglu(self, x: Tensor, name: str) -> Tensor | None:
         """Of both halves of a product, if one kernel makes it."""
-        if not torch.compiler.is_exporting() or self._scale(name) is not None:
+        if not torch.compiler.is_exporting():
             return None
-        fused: Tensor = torch.ops.tpllm.linear_swiglu(x, self._get(name + ".weight"))
+        fused: Tensor = torch.ops.tpllm.linear_swiglu(x, self._get(name + ".weight"), self._scale(name))
         return fused
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -173,8 +179,7 @@ class CudaOps(TorchOps):
         """The sum and its norm, if one operator makes both."""
         epsilon = self.config.norm_epsilon
         if self.tp_size == 1 and self._made and b is self._made[0]:
-            _, x, weight = self._made
-            total, normed = torch.ops.tpllm.linear_add_norm(x, weight, a, norm, epsilon).unbind(0)
+            total, normed = torch.ops.tpllm.linear_add_norm(*self._made[1:], a, norm, epsilon).unbind(0)
             return total, normed
         if self._reduced is None or b is not self._reduced[0]:
             return None

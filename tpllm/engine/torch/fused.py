@@ -38,7 +38,7 @@ class FusedOps(CudaOps):
         if (bias := self._find(name + ".bias")) is not None:
             return self._product(x, name) + bias
         product = self._remember(self._product(x, name), Origin("linear", x, (name,)))
-        self._made = (product, x, self._get(name + ".weight")) if self._scale(name) is None else None
+        self._made = (product, x, self._get(name + ".weight"), None) if self._scale(name) is None else None
         return product
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Products with quantized weights (`tpllm/quantization.py`), which become numbers on the way to the sum.
 
-On CPU the compiler fuses the two for one row; many rows take a matrix in the model's dtype. On CUDA they are kernels.
+On CPU the compiler fuses the two for one row; many rows take a matrix in the model's dtype. On CUDA they are kernels
+(`cuda_ops.py`).
 """
 
 from __future__ import annotations
@@ -12,32 +13,18 @@ from torch import Tensor
 from tpllm.engine.torch.collectives import library
 from tpllm.quantization import GROUP, WORDS
 
-library.define("linear_quantized(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 library.define("gemv_quantized(Tensor x, Tensor weight, Tensor scale, Tensor? norm, float epsilon, Tensor? residual, "
                "bool swiglu) -> Tensor")
-
-
-@torch.library.impl(library, "linear_quantized", "CUDA")
-def _linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    # Triton is there on machines with GPUs only.
-    from tpllm.engine.torch.kernels.gemv_quantized import linear
-
-    product: Tensor = linear(x, weight, scale)
-    return product
 
 
 @torch.library.impl(library, "gemv_quantized", "CUDA")
 def _gemv_quantized(x: Tensor, weight: Tensor, scale: Tensor, norm: Tensor | None, epsilon: float,
                     residual: Tensor | None, swiglu: bool) -> Tensor:
+    # Triton is there on machines with GPUs only.
     from tpllm.engine.torch.kernels.gemv_quantized import gemv
 
     product: Tensor = gemv(x, weight, scale, norm, epsilon, residual, swiglu)
     return product
-
-
-@torch.library.register_fake("tpllm::linear_quantized", lib=library)
-def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("tpllm::gemv_quantized", lib=library)
@@ -47,10 +34,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, norm: Tensor | None, epsilon: fl
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`[T, out]`: x `[T, in]` times the weight that the two stand for."""
-    if x.device.type == "cuda":
-        product: Tensor = torch.ops.tpllm.linear_quantized(x, weight, scale)
-        return product
+    """`[T, out]`: x `[T, in]` times the weight that the two stand for, which is written out."""
     return F.linear(x, dequantized(weight, scale, x.shape[1]).to(x.dtype))
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.engine.torch.kernels import few_quantized
 from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
@@ -66,14 +67,22 @@ def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.const
     tl.store(out + place, tl.trans(acc).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _swiglu(x, out, N, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M"])
+def _swiglu(x, out, M, N, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """Of `[PARTS, M, 2N]`."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    half = tl.load(x + row * 2 * N + column, mask=column < N, other=0.0)
-    gate = tl.load(x + row * 2 * N + N + column, mask=column < N, other=0.0)
-    wide = half.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(half.dtype)  # rounded as the model rounds it
-    tl.store(out + row * N + column, silu * gate, mask=column < N)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    half, gate = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = x + (part * M + row) * 2 * N + column
+        half += tl.load(at, mask=column < N, other=0.0).to(tl.float32)
+        gate += tl.load(at + N, mask=column < N, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.dtype.element_ty
+    half = half.to(dtype).to(tl.float32)
+    silu = (half / (1.0 + tl.exp(-half))).to(dtype)  # rounded as the model rounds it
+    tl.store(out + row * N + column, silu * gate.to(dtype), mask=column < N)
 
 
 @cache
@@ -108,27 +117,37 @@ def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -
     return out
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> torch.Tensor:
-    """`[M, N]` of `x [M, K]` and `weight [N, K]`; with `divisible` it may be the parts in float32, `[parts, M, N]`."""
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None,
+           divisible: bool = False) -> torch.Tensor:
+    """`[M, N]` of `x [M, K]` and `weight [N, K]`; with `divisible` it may be the parts in float32, `[parts, M, N]`.
+
+    With `scale` the weight is quantized.
+    """
+    if scale is not None:
+        return few_quantized.linear(x, weight, scale, divisible)
     cut = cut_for(x, weight, divisible)
     return F.linear(x, weight) if cut is None else few(x, weight, cut)
 
 
-def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """`[M, N]` of `x [M, K]` and `weight [2N, K]`: silu(first half) * second half of the product."""
-    cut, size = cut_for(x, weight), weight.shape[0] // 2
-    if cut is not None:
-        return few(x, weight, cut, swiglu=True)
-    product = F.linear(x, weight)
-    out = product.new_empty((x.shape[0], size))
-    _swiglu[(x.shape[0], triton.cdiv(size, 1024))](product, out, size, BLOCK=1024)
+    if scale is not None:
+        made = few_quantized.linear_swiglu(x, weight, scale)
+    else:
+        made = few(x, weight, cut, swiglu=True) if (cut := cut_for(x, weight)) else None
+    if made is not None:
+        return made
+    product, rows, size = linear(x, weight, scale, divisible=True), x.shape[0], weight.shape[0] // 2
+    out, early = torch.empty((rows, size), dtype=x.dtype, device=x.device), launches_early(x.device)
+    _swiglu[(rows, triton.cdiv(size, 1024))](product, out, rows, size, PARTS=product.numel() // (2 * rows * size),
+                                             EARLY=early, BLOCK=1024, launch_pdl=early)
     return out
 
 
-def linear_add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
-                    epsilon: float) -> torch.Tensor:
+def linear_add_norm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, residual: torch.Tensor,
+                    norm: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`residual [M, N]` plus `x [M, K]` times `weight [N, K]`, and its norm times `norm [N]`, stacked."""
-    product = linear(x, weight, divisible=True)
+    product = linear(x, weight, scale, divisible=True)
     if product.dim() == 2:
         return add_norm(product, residual, norm, epsilon, early=True)
     shares = Shares(product.flatten(0, 1), 0, product.shape[0], x.shape[0])

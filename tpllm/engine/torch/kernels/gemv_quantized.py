@@ -1,4 +1,4 @@
-"""`gemv` for quantized weights (`tpllm/quantization.py` has their layout), and products of several rows.
+"""`gemv` for quantized weights (`tpllm/quantization.py` has their layout).
 
 At 1 byte a weight arithmetic is nearly as slow as memory, so a program has several rows of the matrix, which share the
 work on x, and few warps, which share the work at its end. Numbers are not converted: in a float's mantissa they are
@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import int4
+from tpllm.engine.torch.kernels.few_quantized import dequantized
 from tpllm.engine.torch.kernels.gemv import (
     _finish,
     _fold,
@@ -24,15 +25,11 @@ from tpllm.engine.torch.kernels.gemv import (
     tile_of,
     tile_options,
 )
-from tpllm.engine.torch.kernels.int4 import _pairs
 
 WORDS = 4  # of each row in a program's tile, for each of its threads
 # As in gemv.py.
 TILES = {4096: (4, 4), 8192: (16, 4), 16384: (16, 2), 1 << 31: (4, 2)}
 HALF_OF_BYTE = 0x47008000  # of the float32 2**15, and the sign of a byte in the middle of its mantissa
-FEW_ROWS = 128  # of x, up to which weights become numbers inside of the product
-FULL = 256  # programs of such a product that keep a GPU busy
-MAX_SPLIT = 8
 
 
 @triton.jit
@@ -129,121 +126,8 @@ def _in_steps(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: 
     """`gemv` where nothing is made for a dtype, which then is one that nobody is in a hurry with."""
     if norm is not None:
         x = F.rms_norm(x, norm.shape, norm, epsilon)
-    product = linear(x, weight, scale)
+    product = F.linear(x, dequantized(weight, scale, x.shape[1], x.dtype))
     if swiglu:
         first, second = product.chunk(2, dim=-1)
         product = F.silu(first) * second
     return product if residual is None else product + residual
-
-
-@triton.jit
-def _dot(row, tile, acc, TURNED: tl.constexpr):
-    if TURNED:
-        return tl.dot(tile, tl.trans(row), acc)
-    else:
-        return tl.dot(row, tl.trans(tile), acc)
-
-
-@triton.jit
-def _place(rows, lines, TURNED: tl.constexpr):
-    """Indices of the result as `_dot` has it: rows of x and of the matrix."""
-    if TURNED:
-        return rows[None, :], lines[:, None]
-    else:
-        return rows[:, None], lines[None, :]
-
-
-@triton.jit
-def _numbers(words, ones, LINES: tl.constexpr):
-    """Int4 words `[lines, 16]` as the bits of 16-bit floats `[lines, 128]`, too large by a constant."""
-    low = tl.join(_pairs(words, ones, 0), _pairs(words, ones, 1))
-    high = tl.join(_pairs(words, ones, 2), _pairs(words, ones, 3))
-    bits = tl.join(low, high)  # [lines, words, halves of a word, pairs' lower and higher bit]
-    return tl.reshape(tl.permute(bits, (0, 2, 4, 3, 1)), (LINES, 128))
-
-
-@triton.jit(do_not_specialize=["M"])
-def _few_rows(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.constexpr, SPLIT: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MORE: tl.constexpr):
-    """A group of 128 columns at a time, of each SPLIT of them one: sums of their own, `out [SPLIT, M, N]`.
-
-    With TURNED the matrix is the tensor cores' left operand.
-    """
-    rows, lines = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns, words, groups, split = tl.arange(0, 128), tl.arange(0, 16), tl.cdiv(K, 128), tl.program_id(1)
-    weights, valid = w + lines.to(tl.int64)[:, None] * (groups * 16 if INT4 else K), (lines < N)[:, None]
-    x_rows, inside = x + rows[:, None] * K, (rows < M)[:, None]
-    row_place, line_place = _place(rows, lines, TURNED)
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_N], tl.float32)
-    for g in range(split, groups, SPLIT):
-        place = (g * 128 + columns)[None, :]
-        row = tl.load(x_rows + place, mask=inside & (place < K), other=0.0)
-        if INT4:
-            bits = _numbers(tl.load(weights + g * 16 + words[None, :], mask=valid, other=0), ones, BLOCK_N)
-            part = _dot(row, bits.to(row.dtype, bitcast=True) - MORE, tl.zeros_like(acc), TURNED)
-            acc += part * tl.load(scales + line_place * groups + g, mask=line_place < N, other=0.0).to(tl.float32)
-        else:
-            tile = tl.load(weights + place, mask=valid & (place < K), other=0).to(row.dtype)
-            acc = _dot(row, tile, acc, TURNED)
-    if not INT4:
-        acc *= tl.load(scales + line_place, mask=line_place < N, other=0.0)
-    tl.store(out + (split * M + row_place) * N + line_place, acc.to(out.dtype.element_ty),
-             mask=(row_place < M) & (line_place < N))
-
-
-@triton.jit
-def _sum_parts(parts, out, COUNT, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts + part * COUNT + at, mask=at < COUNT, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < COUNT)
-
-
-@triton.jit
-def _dequantize(w, scales, out, K, INT4: tl.constexpr, BLOCK: tl.constexpr):
-    line, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    groups = tl.cdiv(K, 128)
-    if INT4:
-        words = tl.load(w + line * groups * 16 + columns // 128 * 16 + columns % 16, mask=columns < K, other=0)
-        numbers = ((words >> (columns % 128 // 16 * 4)) & 15) - 8
-        scale = tl.load(scales + line * groups + columns // 128, mask=columns < K, other=0.0)
-    else:
-        numbers = tl.load(w + line * K + columns, mask=columns < K, other=0)
-        scale = tl.load(scales + line)
-    value = numbers.to(tl.float32) * scale.to(tl.float32)
-    tl.store(out + line * K + columns, value.to(out.dtype.element_ty), mask=columns < K)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`[M, N]`: x `[M, K]` times the weight `[N, K]` that the two stand for.
-
-    Of few rows it takes as long as reading the weights. For many, which computing bounds, and for float32, which tensor
-    cores do not multiply, weights are written out first.
-    """
-    x, packed = x.contiguous(), weight.dtype == torch.int32
-    (m, k), n = x.shape, weight.shape[0]
-    if m > FEW_ROWS or x.dtype == torch.float32:
-        whole = torch.empty((n, k), dtype=x.dtype, device=x.device)
-        _dequantize[(n, triton.cdiv(k, 1024))](weight, scale, whole, k, INT4=packed, BLOCK=1024)
-        return F.linear(x, whole)
-    if packed and m <= int4.ROWS:
-        return int4.few_rows(x, weight, scale)
-    turned = packed or m > 32
-    lines = 64 if turned or n >= 64 * FULL else 32
-    split = splits_for(n, lines, k)
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
-    ones, more = int4.ONES[x.dtype]
-    _few_rows[(triton.cdiv(n, lines), split)](
-        x, weight, scale, parts, m, n, k, ones, INT4=packed, TURNED=turned, SPLIT=split,
-        BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=lines, MORE=more, num_warps=4,
-        num_stages=3 if turned else 5)
-    if split > 1:
-        _sum_parts[(triton.cdiv(m * n, 1024),)](parts, out, m * n, SPLIT=split, BLOCK=1024)
-    return out
-
-
-def splits_for(size: int, lines: int, columns: int) -> int:
-    """Programs that share the columns of the same lines, so that there are enough of them; each has some groups."""
-    return max(1, min(FULL * lines // size, MAX_SPLIT, columns // 512))
