@@ -179,7 +179,8 @@ class CudaOps(TorchOps):
         """The sum and its norm, if one operator makes both."""
         epsilon = self.config.norm_epsilon
         if self.tp_size == 1 and self._made and b is self._made[0]:
-            total, normed = torch.ops.tpllm.linear_add_norm(*self._made[1:], a, norm, epsilon).unbind(0)
+            _, x, weight, scale = self._made
+            total, normed = torch.ops.tpllm.linear_add_norm(x, weight, scale, a, norm, epsilon).unbind(0)
             return total, normed
         if self._reduced is None or b is not self._reduced[0]:
             return None
