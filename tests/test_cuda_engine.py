@@ -3,14 +3,15 @@
 Its programs compute on the CPU here, and a graph is a function that is called again.
 """
 
+import contextlib
 import gc
 import random
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from tpllm.checkpoint.rank import RankCheckpoint
 from tpllm.config import ModelConfig
+from tpllm.devices import Device
 from tpllm.engine.base import BuildConfig, EngineConfig, StepInput
-from tpllm.engine.torch import cuda, memory, padded, program
+from tpllm.engine.torch import cuda, device, inductor, memory, padded, program
 from tpllm.engine.torch.base import export_decode, export_step, prompt_starts
 from tpllm.engine.torch.cuda_ops import CudaOps
 from tpllm.engine.torch.graphs import Captured, end_graphs, make_graph
@@ -271,7 +273,7 @@ class Graph:
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -334,3 +336,33 @@ def test_graphs_for_gpus_are_of_the_kernels_meant_for_them(
     operators = Counter(str(node.target).split(".")[1] for node in graph.nodes
                         if str(node.target).startswith("tpllm.") or node.target is torch.ops.aten.linear.default)
     assert operators == kernels
+
+
+def test_a_gpu_that_takes_one_process_is_built_for_in_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nvidia-smi -c EXCLUSIVE_PROCESS`; without it the second graph and the kernels are others' work."""
+    shape = ModelConfig("LlamaForCausalLM", "bfloat16", 96, 64, 2, 8, 4, 8, 128, 1e-5, 1e4, 256)
+    config = EngineConfig(shape, BuildConfig("inductor", "cuda", 8, 32, 64), 1, "", {})
+    begun: list[str] = []
+
+    class Elsewhere:
+        def __init__(self, work: Any, *arguments: Any) -> None:
+            begun.append(work.__name__)
+
+        def __enter__(self) -> Any:
+            return SimpleNamespace(result=lambda: {"kernels": b"k"})
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(inductor, "Aside", Elsewhere)
+    monkeypatch.setattr(inductor, "make_package", lambda *_: b"graph")
+    gpus = [Device(0, "X", "GPU-0", 1, ()), Device(1, "X", "GPU-1", 1, (), exclusive=True)]
+    monkeypatch.setattr(device, "inventory", lambda: gpus)
+    made = []
+    for index in range(2):
+        rest = inductor.Rest(config, Mapping(1, 0), None, torch.device("cuda", index), "g++")
+        with contextlib.ExitStack() as stack:
+            made.append(rest.made(stack))
+    assert made == [{"one.pt2": b"graph", "kernels": b"k"}, {"one.pt2": b"graph"}] and begun == ["make_kernels"]
+    program: Any = SimpleNamespace(device=torch.device("cuda", 1), parameters=list)
+    assert not inductor.has_room_twice(program, 1)

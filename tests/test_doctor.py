@@ -129,9 +129,12 @@ def test_the_map_of_gpus_is_shown_once_and_recorded(engine: Path, tmp_path: Path
 
 
 class FakeDriver(types.ModuleType):
-    """cuda-python's driver module, as far as it is asked: two GPUs of which the second reaches the first."""
+    """cuda-python's driver module, as far as it is asked: two GPUs of which the second reaches the first, and takes one
+    process."""
 
     CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
+    CUdevice_attribute = types.SimpleNamespace(CU_DEVICE_ATTRIBUTE_COMPUTE_MODE=20)
+    CUcomputemode = types.SimpleNamespace(CU_COMPUTEMODE_EXCLUSIVE_PROCESS=3)
     UUIDS = ("5fd4b087-86f3-7a43-b711-4771313afc50", "00112233-4455-6677-8899-aabbccddeeff")
 
     def __getattr__(self, name: str) -> Any:
@@ -141,6 +144,7 @@ class FakeDriver(types.ModuleType):
             "cuDeviceGetUuid": lambda i: types.SimpleNamespace(bytes=bytes.fromhex(self.UUIDS[i].replace("-", ""))),
             "cuDeviceTotalMem": lambda i: 141 << 30, "cuDeviceCanAccessPeer": lambda i, j: i > j,
             "cuDeviceGetPCIBusId": lambda size, i: b"FFFF:FF:1F.7\0",
+            "cuDeviceGetAttribute": lambda number, i: {20: 3 * i}[number],
         }[name](*arguments))  # fmt: skip
 
 
@@ -155,7 +159,7 @@ def test_the_inventory_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     with_driver(monkeypatch, FakeDriver("driver"))
     assert devices.driver_inventory() == [
         devices.Device(0, "NVIDIA H200", "GPU-5fd4b087-86f3-7a43-b711-4771313afc50", 141 << 30, (), None),
-        devices.Device(1, "NVIDIA H200", "GPU-00112233-4455-6677-8899-aabbccddeeff", 141 << 30, (0,), None)]
+        devices.Device(1, "NVIDIA H200", "GPU-00112233-4455-6677-8899-aabbccddeeff", 141 << 30, (0,), None, True)]
 
 
 def test_cuda_python_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,10 @@ ONE_VISIBLE = ("each rank sees one GPU only, which takes peer access away: with 
 @dataclass(frozen=True)
 class Device:
     """One GPU: its number in this process, name, UUID, memory in bytes, the numbers of the peers it reaches, and its
-    NUMA node where that is known."""
+    NUMA node where that is known.
+
+    An exclusive one refuses a second process: `nvidia-smi -c EXCLUSIVE_PROCESS`.
+    """
 
     index: int
     name: str
@@ -26,6 +29,7 @@ class Device:
     memory: int
     peers: tuple[int, ...]
     numa: int | None = None
+    exclusive: bool = False
 
 
 @functools.cache
@@ -51,6 +55,9 @@ def driver_inventory() -> list[Device]:
         peers=tuple(j for j, other in enumerate(handles)
                     if j != i and _ask(driver, driver.cuDeviceCanAccessPeer(device, other))),
         numa=numa_node(_ask(driver, driver.cuDeviceGetPCIBusId(16, device)).split(b"\0")[0].decode()),
+        exclusive=_ask(driver, driver.cuDeviceGetAttribute(
+            driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE,
+            device)) == driver.CUcomputemode.CU_COMPUTEMODE_EXCLUSIVE_PROCESS,
     ) for i, device in enumerate(handles)]
 
 

@@ -25,6 +25,11 @@ def choose_device(name: str, world: World) -> str:
     return "cuda"
 
 
+def takes_one_process(device: torch.device) -> bool:
+    """Whether a process beside this one is refused."""
+    return device.type == "cuda" and any(own.index == device.index and own.exclusive for own in inventory())
+
+
 def find_device(name: str, world: World) -> torch.device:
     """This rank's device for an engine's `--device`, made current."""
     own = choose(inventory(), world.local_rank) if name != "cpu" and torch.cuda.is_available() else None

@@ -31,7 +31,7 @@ from tpllm.engine.torch.base import (
     use_threads,
     write_rank_engine,
 )
-from tpllm.engine.torch.device import choose_device
+from tpllm.engine.torch.device import choose_device, takes_one_process
 from tpllm.engine.torch.memory import SPARE
 from tpllm.engine.torch.private import compile_package, load_package
 from tpllm.engine.torch.program import StepProgram
@@ -59,6 +59,9 @@ class InductorBackend(Backend):
                 use_threads(world)  # whose number the compiler writes into the code
                 rank = prepare_rank(config, mapping, checkpoint_dir, model_file, world)
                 rest = Rest(config, mapping, model_file, rank.program.device, compiler)
+                if takes_one_process(rest.device):
+                    world.say(f"build: rank {world.rank}'s GPU takes one process at a time (`nvidia-smi -c "
+                              "EXCLUSIVE_PROCESS`); loads will have to compile kernels, with a C compiler")
                 # The first rank of a host compiles in any case, so it need not wait for what the others' graphs are.
                 if world.local_rank == 0 and has_room_twice(rank.program, 1):
                     rest.begin(stack)
@@ -145,7 +148,7 @@ GRAPHS: dict[str, Callable[[StepProgram, EngineConfig], Graph]] = {
 class Rest:
     """The graph for steps of one sequence and the kernels of a GPU, made in other processes beside this one or later.
 
-    A graph has no need of a process of its own, kernels do.
+    A graph has no need of a process of its own, kernels do: where a GPU takes one only, loads must compile them.
     """
 
     def __init__(self, config: EngineConfig, mapping: Mapping, model_file: Path | None, device: torch.device,
@@ -163,7 +166,7 @@ class Rest:
         self._begin_kernels(stack)
 
     def _begin_kernels(self, stack: contextlib.ExitStack) -> None:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not takes_one_process(self.device):
             from tpllm.engine.torch.rehearsal import make_kernels
 
             self._kernels = stack.enter_context(Aside(make_kernels, *self._kernel_work))
@@ -190,6 +193,8 @@ def has_room_twice(program: StepProgram, compiling: int) -> bool:
     """Whether each of so many ranks has room for another process: a core, or a GPU's memory for its weights."""
     if program.device.type == "cpu":
         return len(os.sched_getaffinity(0)) >= 2 * compiling
+    if takes_one_process(program.device):
+        return False
     weights = sum(parameter.nbytes for parameter in program.parameters())
     return bool(torch.cuda.mem_get_info(program.device)[0] > weights + SPARE)
 
