@@ -302,6 +302,20 @@ def test_the_engine_of_another_rank_is_refused(change: dict[str, Any], copy: Bui
     assert "rank 0 of 1 by eager is needed" in message and engine_file(0) in message
 
 
+@pytest.mark.parametrize(("relies_on", "words"), [
+    ({}, ["operators", "tpllm 0.", "build it again: mpirun -n 1 tpllm build"]),
+    ({"operators": "tpllm::gone(Tensor x) -> Tensor"}, ["operators", "tpllm 0.", "build it again"]),
+    ({"operators": "", "cpu-features": "avx9000 avx"}, ["avx9000, which", "build it on this machine: mpirun"]),
+], ids=["before any were written down", "one that is gone", "instructions"])  # fmt: skip
+def test_code_that_cannot_run_here_is_refused(relies_on: dict[str, str], words: list[str], copy: Built) -> None:
+    meta, _ = read_engine(copy.engine, copy.config, Mapping(1))
+    edit_json(copy.engine / "config.json", lambda data: data["build_config"].update(backend="inductor"))
+    write_engine(copy.engine / engine_file(0), replace(meta, backend="inductor", config_digest=copy.config.digest()),
+                 {name: text.encode() for name, text in relies_on.items()})
+    message = refusal(copy, 11)
+    assert engine_file(0) in message and all(word in message for word in words), message
+
+
 def test_ranks_renamed_are_refused(tmp_path: Path) -> None:
     meta, checkpoint = make_meta_dir(tmp_path / "meta", LLAMA2_MHA), tmp_path / "checkpoint"
     assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(checkpoint), "--tp-size", "2"]) == 0

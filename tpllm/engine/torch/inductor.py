@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tpllm import __version__
 from tpllm.compiler import find_compiler
 from tpllm.distributed import World
 from tpllm.engine.base import Backend, Engine, EngineConfig, build_command, engine_file, read_engine
@@ -33,14 +34,14 @@ from tpllm.engine.torch.base import (
 )
 from tpllm.engine.torch.device import choose_device, takes_one_process
 from tpllm.engine.torch.memory import SPARE
-from tpllm.engine.torch.private import compile_package, load_package
+from tpllm.engine.torch.private import compile_package, load_package, operator_schemas
 from tpllm.engine.torch.program import StepProgram
 from tpllm.errors import MismatchError
 from tpllm.files import digest
 from tpllm.mapping import Mapping
 from tpllm.models import find_model
 
-ISA = "cpu-features"
+ISA, OPERATORS = "cpu-features", "operators"  # members of an engine that say what its code relies on
 Graph = torch.export.ExportedProgram
 
 
@@ -81,7 +82,8 @@ class InductorBackend(Backend):
                     if world.local_rank > 0 and has_room_twice(rank.program, world.local_size):
                         rest.begin(stack)
                     members = {"mixed.pt2": compile_package(mixed, rest.compiler, rest.device),
-                               ISA: " ".join(sorted(features(rest.device))).encode()} | rest.made(stack)
+                               ISA: " ".join(sorted(features(rest.device))).encode(),
+                               OPERATORS: "\n".join(sorted(operator_schemas())).encode()} | rest.made(stack)
                     write_rank_engine(out, config, mapping, rank.fingerprint, found, members | rank.members)
 
             def copy_compiled() -> None:
@@ -103,10 +105,8 @@ class InductorBackend(Backend):
         state = program.state_dict()
 
         def load_graphs() -> dict[str, Step]:
-            if lacking := set(rank.members[ISA].decode().split()) - features(program.device):
-                raise MismatchError(f"{directory / engine_file(mapping.rank)} was compiled for a processor with "
-                                    f"{', '.join(sorted(lacking))}, which {world.host} lacks; build it on this "
-                                    f"machine: {build_command(config)}")
+            if problem := code_problem(rank.members, program.device, world.host):
+                raise MismatchError(f"{directory / engine_file(mapping.rank)} {problem}: {build_command(config)}")
             constants = state | {f"step.{name}": tensor for name, tensor in state.items()}
             return {name.removesuffix(".pt2"): load_package(package, constants, program.device)
                     for name, package in rank.members.items() if name.endswith(".pt2")}
@@ -114,6 +114,16 @@ class InductorBackend(Backend):
         engine = make_engine(config, world.together("load", load_graphs), program.device, rank.rows)
         weakref.finalize(engine, empty, list(state.values())).atexit = False
         return engine
+
+
+def code_problem(members: dict[str, bytes], device: torch.device, host: str) -> str | None:
+    """Why an engine's code cannot run, and what to do; None where it can."""
+    if set(members.get(OPERATORS, b"none").decode().splitlines()) - operator_schemas():
+        return f"calls operators that are not those of tpllm {__version__} as it is here; build it again"
+    if lacking := set(members[ISA].decode().split()) - features(device):
+        return (f"was compiled for a processor with {', '.join(sorted(lacking))}, which {host} lacks; build it on this "
+                "machine")
+    return None
 
 
 def make_engine(config: EngineConfig, graphs: dict[str, Step], device: torch.device, rows: int) -> Engine:

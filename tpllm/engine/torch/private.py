@@ -83,6 +83,11 @@ def writers_kept() -> Iterator[None]:
         CppWrapperCpu.codegen_int_array_var = name_of  # type: ignore[method-assign, assignment]
 
 
+def operator_schemas() -> set[str]:
+    """Our operators as graphs call them: names, operands, results."""
+    return {str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("tpllm::")}
+
+
 def drop_unused(exported: torch.export.ExportedProgram) -> None:
     """Remove what no output needs; export's checks of dtypes would keep it, and Inductor drops them too late."""
     graph = exported.graph
