@@ -316,6 +316,13 @@ def test_code_that_cannot_run_here_is_refused(relies_on: dict[str, str], words: 
     assert engine_file(0) in message and all(word in message for word in words), message
 
 
+def test_an_engine_with_random_weights_is_built_again_by_bench(copy: Built) -> None:
+    edit_json(copy.engine / "config.json", lambda data: data["weights"].update(checkpoint_dir=""))
+    (copy.engine / engine_file(0)).unlink()
+    with pytest.raises(TpllmError, match=r"build it again: remove its directory, then mpirun -n 1 tpllm bench"):
+        read_engine(copy.engine, copy.config, Mapping(1))
+
+
 def test_ranks_renamed_are_refused(tmp_path: Path) -> None:
     meta, checkpoint = make_meta_dir(tmp_path / "meta", LLAMA2_MHA), tmp_path / "checkpoint"
     assert main(["convert", "--meta-ckpt-dir", str(meta), "--output-dir", str(checkpoint), "--tp-size", "2"]) == 0

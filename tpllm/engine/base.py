@@ -223,6 +223,9 @@ def check_shard(path: Path, meta: RankEngine, fingerprint: str, config: EngineCo
 
 
 def build_command(config: EngineConfig) -> str:
+    """What to type to have an engine again."""
+    if not config.checkpoint_dir:  # it has random weights
+        return f"remove its directory, then mpirun -n {config.tp_size} tpllm bench … as before"
     return f"mpirun -n {config.tp_size} tpllm build --checkpoint-dir {config.checkpoint_dir} …"
 
 
