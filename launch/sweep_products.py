@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Products of one row on this machine's GPU: tiles of a program, for the matrices of published shapes.
+"""Products of one row or a few on this machine's GPU: tiles of a program, for the matrices of published shapes.
 
-The `TILES` in `tpllm/engine/torch/kernels` are the fastest of these, or close to it. Each is timed in a CUDA graph over
-so many matrices of its shape that none is read from a cache. Run it with a Python that has PyTorch for CUDA:
+The `TILES` in `tpllm/engine/torch/kernels`, and what `cut_for` gives there, are the fastest of these, or close to it.
+Each is timed in a CUDA graph over so many matrices of its shape that none is read from a cache. Run it with a Python
+that has PyTorch for CUDA:
 
     PYTHONPATH=. python3 launch/sweep_products.py --output-file build/products.jsonl
+    PYTHONPATH=. python3 launch/sweep_products.py --rows 8 32 --weights int8 int4
 """
 
 from __future__ import annotations
@@ -22,13 +24,19 @@ from typing import Any, NamedTuple
 import torch
 
 from tpllm.engine.torch.graphs import graph_seconds
-from tpllm.engine.torch.kernels import gemv, gemv_quantized, int4
+from tpllm.engine.torch.kernels import few, few_quantized, gemv, gemv_quantized, int4
 from tpllm.records import append_record
 from tpllm.runlog import date
 
 BYTES, REPEATS = 400 << 20, 5
 TILES = {"bf16": [*product((2, 4, 8), (4, 8)), (16, 8)], "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
          "int4": list(product((16, 32), (4, 8, 16)))}
+# Of several rows: lines of a program, parts, tiles ahead, turned, warps; tensor cores take 16 lines a warp at least.
+QUANTIZED = [few_quantized.Cut(*cut) for cut in product((32, 64, 128), (1, 2, 4, 8), (3, 5), (False, True), (2, 4))
+             if cut[0] >= 16 * cut[4]]
+CUTS: dict[str, list[Any]] = {"bf16": [few.Cut(*cut) for cut in product((1, 2, 4), (3, 5))], "int8": QUANTIZED,
+                              "int4": [cut for cut in QUANTIZED if cut.lines > 32]}
+FEWEST, MOST = 60, 1100  # programs
 
 
 class Matrix(NamedTuple):
@@ -52,6 +60,7 @@ MATRICES = {
     "8B fc, gate": Matrix(14336, 4096, True, swiglu=True), "8B proj": Matrix(4096, 14336, False),
 }
 Weights = tuple[torch.Tensor, ...]
+Tile = tuple[int, int] | few.Cut | few_quantized.Cut
 
 
 def make(kind: str, matrix: Matrix) -> Weights:
@@ -66,9 +75,24 @@ def make(kind: str, matrix: Matrix) -> Weights:
             torch.rand(rows, groups, device="cuda").bfloat16())
 
 
-def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Weights]) -> Callable[[], None]:
-    """What multiplies a row with each of them."""
-    x, residual = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (matrix.columns, matrix.size))
+def tiles_for(kind: str, matrix: Matrix, rows: int) -> list[Tile]:
+    """Those to be tried for a product of so many rows."""
+    if rows == 1:
+        return list(TILES[kind])
+    return [cut for cut in CUTS[kind] if not (matrix.swiglu and cut.parts > 1) and matrix.columns // cut.parts >= 512
+            and FEWEST <= cut.parts * matrix.rows / lines_of(cut) <= MOST]
+
+
+def lines_of(cut: Tile) -> int:
+    return cut.lines if isinstance(cut, few_quantized.Cut) else few.LINES
+
+
+def products(kind: str, matrix: Matrix, rows: int, tile: Tile, weights: list[Weights]) -> Callable[[], None]:
+    """What multiplies the rows with each of them."""
+    x, residual = (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (matrix.columns, matrix.size))
+    if rows > 1:
+        multiply: Callable[..., torch.Tensor] = few.few if kind == "bf16" else few_quantized.few
+        return lambda: [multiply(x, *each, tile, swiglu=matrix.swiglu) for each in weights].clear()
     norm = torch.ones(matrix.columns, device="cuda", dtype=torch.bfloat16) if matrix.norm else None
     module = gemv if kind == "bf16" else gemv_quantized
     tiles = int4 if kind == "int4" else module
@@ -82,10 +106,10 @@ def products(kind: str, matrix: Matrix, tile: tuple[int, int], weights: list[Wei
     return run
 
 
-def compile_cases(cases: list[tuple[str, str, tuple[int, int]]]) -> None:
+def compile_cases(cases: list[tuple[str, str, int, Tile]]) -> None:
     """Into Triton's cache, from where the process that measures takes them."""
-    for kind, name, tile in cases:
-        products(kind, MATRICES[name], tile, [make(kind, MATRICES[name])])()
+    for kind, name, rows, tile in cases:
+        products(kind, MATRICES[name], rows, tile, [make(kind, MATRICES[name])])()
     torch.cuda.synchronize()
 
 
@@ -96,10 +120,16 @@ def microseconds(run: Callable[[], None], count: int) -> float:
     return graph_seconds(run, REPEATS) * 1e6 / count
 
 
-def record_of(kind: str, name: str, size: int, took: dict[tuple[int, int], float]) -> dict[str, Any]:
+def words(tile: Tile) -> str:
+    named = (tile._asdict() if isinstance(tile, (few.Cut, few_quantized.Cut))
+             else {"rows": tile[0], "warps": tile[1]})
+    return ", ".join(f"{value} {name}" for name, value in named.items())
+
+
+def record_of(kind: str, name: str, rows: int, size: int, took: dict[Tile, float]) -> dict[str, Any]:
     matrix = MATRICES[name]
     return {"kind": "products", "weights": kind, "matrix": name, "rows": matrix.rows, "columns": matrix.columns,
-            "bytes": size, "us": {f"{rows} rows, {warps} warps": round(us, 2) for (rows, warps), us in took.items()},
+            "x_rows": rows, "bytes": size, "us": {words(tile): round(us, 2) for tile, us in took.items()},
             "device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__},
             "command": " ".join(["launch/sweep_products.py", *sys.argv[1:]]),
             "date": date()}
@@ -108,23 +138,26 @@ def record_of(kind: str, name: str, size: int, took: dict[tuple[int, int], float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="*", choices=list(TILES), default=list(TILES))
+    parser.add_argument("--rows", nargs="*", type=int, default=[1], help="of x, up to 32")
     parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    cases = [(kind, name, tile) for kind in args.weights for name in MATRICES for tile in TILES[kind]]
+    cases = [(kind, name, rows, tile) for kind in args.weights for name, matrix in MATRICES.items()
+             for rows in args.rows for tile in tiles_for(kind, matrix, rows)]
     workers = min(12, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_cases, [cases[i::workers] for i in range(workers)]))
-    for kind, (name, matrix) in product(args.weights, MATRICES.items()):
+    for kind, (name, matrix), rows in product(args.weights, MATRICES.items(), args.rows):
         size = sum(t.nbytes for t in make(kind, matrix))
         weights = [make(kind, matrix) for _ in range(max(4, BYTES // size))]
-        took = {tile: microseconds(products(kind, matrix, tile, weights), len(weights)) for tile in TILES[kind]}
+        took = {tile: microseconds(products(kind, matrix, rows, tile, weights), len(weights))
+                for tile in tiles_for(kind, matrix, rows)}
         best = sorted(took, key=lambda tile: took[tile])
-        print(f"{kind} {name}: " + ", ".join(f"{t} {took[t]:.1f} us" for t in best[:5]) +
+        print(f"{kind} {name}, {rows} row(s): " + ", ".join(f"{tuple(t)} {took[t]:.1f} us" for t in best[:5]) +
               f"; {size / took[best[0]] / 1e6:.2f} TB/s", flush=True)
         if args.output_file:
-            append_record(args.output_file, record_of(kind, name, size, took))
+            append_record(args.output_file, record_of(kind, name, rows, size, took))
 
 
 if __name__ == "__main__":
