@@ -92,7 +92,12 @@ def products(kind: str, matrix: Matrix, rows: int, tile: Tile, weights: list[Wei
     x, residual = (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (matrix.columns, matrix.size))
     if rows > 1:
         multiply: Callable[..., torch.Tensor] = few.few if kind == "bf16" else few_quantized.few
-        return lambda: [multiply(x, *each, tile, swiglu=matrix.swiglu) for each in weights].clear()
+
+        def run_few() -> None:
+            for each in weights:
+                multiply(x, *each, tile, swiglu=matrix.swiglu)
+
+        return run_few
     norm = torch.ones(matrix.columns, device="cuda", dtype=torch.bfloat16) if matrix.norm else None
     module = gemv if kind == "bf16" else gemv_quantized
     tiles = int4 if kind == "int4" else module

@@ -80,14 +80,16 @@ class Communicator:
         the sum may be `residual` of the next call as it is. `select_rows` has whole ones. With `scale` the weight is
         quantized.
         """
-        from tpllm.engine.torch.kernels.few import linear
-        from tpllm.engine.torch.kernels.few_quantized import dequantized
-
         if x.shape[0] == 1 and scale is None:
             return self._row_all_reduce_add_norm(x, weight, residual, norm, epsilon)
         if parts := self._parts(x.shape[0]):
-            whole = weight if scale is None else dequantized(weight, scale, x.shape[1], x.dtype)
-            return parts.linear_add_norm(x, whole, residual, norm, epsilon)
+            if scale is not None:
+                from tpllm.engine.torch.kernels.few_quantized import dequantized
+
+                weight = dequantized(weight, scale, x.shape[1], x.dtype)
+            return parts.linear_add_norm(x, weight, residual, norm, epsilon)
+        from tpllm.engine.torch.kernels.few import linear
+
         product = linear(x, weight, scale, divisible=self._name(residual) == "push")
         return self.all_reduce_add_norm(product, residual, norm, epsilon)
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import few_quantized
+from tpllm.engine.torch.kernels.few_quantized import _swiglu_of_pairs
 from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
@@ -60,9 +61,7 @@ def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.const
         taken = tl.load(rows + at * COLUMNS, mask=inside, other=0.0)
         acc = tl.dot(tile, tl.trans(taken), acc)
     if SWIGLU:
-        pairs = tl.permute(tl.reshape(acc, [LINES // 16, 2, 8, ROWS]), [0, 2, 3, 1])
-        half, gate = tl.split(pairs)
-        acc = tl.reshape(half / (1.0 + tl.exp(-half)) * gate, [RESULTS, ROWS])
+        acc = _swiglu_of_pairs(acc, ROWS, LINES, True)
     place = (part * M + row) * N + first * RESULTS + tl.arange(0, RESULTS)[None, :]
     tl.store(out + place, tl.trans(acc).to(out.dtype.element_ty), mask=inside)
 

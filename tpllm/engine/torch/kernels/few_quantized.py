@@ -63,8 +63,9 @@ def _numbers(words, ones, LINES: tl.constexpr):
 
 
 @triton.jit
-def _swiglu(acc, ROWS: tl.constexpr, LINES: tl.constexpr, TURNED: tl.constexpr):
-    """`[lines / 2, rows]` if turned, else `[rows, lines / 2]`."""
+def _swiglu_of_pairs(acc, ROWS: tl.constexpr, LINES: tl.constexpr, TURNED: tl.constexpr):
+    """Of eight lines of the first half, then eight of the second, and so on: `[lines / 2, rows]` if turned, else
+    `[rows, lines / 2]`."""
     if TURNED:
         pairs = tl.permute(tl.reshape(acc, (LINES // 16, 2, 8, ROWS)), (0, 2, 3, 1))
     else:
@@ -116,7 +117,7 @@ def _few(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.conste
     if not INT4:
         acc *= tl.load(scales + factor_line, mask=_place(rows, result, TURNED)[1] < N, other=0.0)
     if SWIGLU:
-        acc = _swiglu(acc, ROWS, LINES, TURNED)
+        acc = _swiglu_of_pairs(acc, ROWS, LINES, TURNED)
     row_place, line_place = _place(rows, start + tl.arange(0, RESULTS), TURNED)
     tl.store(out + (part * M + row_place) * N + line_place, acc.to(out.dtype.element_ty),
              mask=(row_place < M) & (line_place < N))
