@@ -20,6 +20,7 @@ import makers
 import pytest
 import torch
 from conftest import mpirun_command, mpirun_environment, run_jobs
+from dequantized import dequantized_reference
 from makers import LLAMA31_GQA, Shape, make_meta_dir
 from reference import Reference
 from test_gpu import GROUPS, HEAD64, HEAD128, TOLERANCE, WIDE
@@ -33,16 +34,20 @@ RANKS = [n for n in (2, 4) if n <= GPUS or SHARED]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RANKS, reason="no CUDA device here")]
 own_gpus = pytest.mark.skipif(SHARED, reason="the ranks share a GPU here")
 
-ENGINES = [("eager", HEAD64, "float32"), ("eager", LLAMA31_GQA, "bfloat16"), ("inductor", HEAD64, "float32"),
-           ("inductor", HEAD128, "bfloat16"), ("inductor", GROUPS, "float16"), ("inductor", WIDE, "bfloat16")]
-IDS = [f"{backend}-{shape.dim}-{dtype}" for backend, shape, dtype in ENGINES]
+# Backend, shape, dtype, and how weights are quantized.
+ENGINES = [("eager", HEAD64, "float32", ""), ("eager", LLAMA31_GQA, "bfloat16", ""),
+           ("inductor", HEAD64, "float32", ""), ("inductor", HEAD128, "bfloat16", ""),
+           ("inductor", GROUPS, "float16", ""), ("inductor", WIDE, "bfloat16", ""),
+           ("inductor", WIDE, "bfloat16", "int8"), ("inductor", HEAD128, "float16", "int4")]  # fmt: skip
+IDS = ["-".join(filter(None, (backend, str(shape.dim), dtype, precision)))
+       for backend, shape, dtype, precision in ENGINES]
 WAYS: dict[str, dict[str, str]] = {"in parts": {}, "push": {}, "two-shot": {}}
 if not SHARED:
     WAYS |= {"auto": {}, "nccl": {}, "two hosts": {"NCCL_SOCKET_IFNAME": "lo"}}
 BESIDE = "push" if SHARED else "nccl"  # whose answers others are compared with
 SHARE: list[dict[str, Any]] = [{"share": True}] if SHARED else []
 FIRST: dict[str, list[dict[str, Any]]] = {"two hosts": [{"hosts": 2}], "in parts": [{"part rows": 50}]}
-CASES = [(way, case) for way in WAYS for case, (_, _, dtype) in enumerate(ENGINES)
+CASES = [(way, case) for way in WAYS for case, (_, _, dtype, _) in enumerate(ENGINES)
          if way != "two-shot" or dtype != "float16"]  # which PyTorch's kernel does not sum
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
@@ -63,16 +68,18 @@ class Made:
 
 @cache
 def reference(made: Made, case: int) -> Reference:
-    return Reference(made.root / f"meta{case}")
+    meta, checkpoint = made.root / f"meta{case}", made.root / f"checkpoint{case}"
+    return dequantized_reference(meta, checkpoint, made.ranks) if ENGINES[case][3] else Reference(meta)
 
 
 @cache
 def build(made: Made) -> None:
     """All engines, at the same time: compiling leaves most of a machine idle."""
-    for i, (_, shape, dtype) in enumerate(ENGINES):
+    for i, (_, shape, dtype, precision) in enumerate(ENGINES):
         make_meta_dir(made.root / f"meta{i}", shape, seed=5, dtype=getattr(torch, dtype))
+        quantized = ["--use-weight-only", "--weight-only-precision", precision] if precision else []
         assert main(["convert", "--meta-ckpt-dir", str(made.root / f"meta{i}"), "--tp-size", str(made.ranks),
-                     "--output-dir", str(made.root / f"checkpoint{i}")]) == 0  # fmt: skip
+                     "--output-dir", str(made.root / f"checkpoint{i}"), *quantized]) == 0  # fmt: skip
 
     def build_one(i: int) -> None:
         command = ["build", "--checkpoint-dir", str(made.root / f"checkpoint{i}"), "--output-dir", str(made.engine(i)),
@@ -90,7 +97,7 @@ def ran(made: Made, way: str) -> Path:
     out = made.root / way.replace(" ", "-")
     out.mkdir()
     jobs = [*SHARE, *FIRST.get(way, []), {"in parts": str(made.engine(3))}]
-    for i, (_, shape, _) in enumerate(ENGINES):
+    for i, (_, shape, _, _) in enumerate(ENGINES):
         if (way, i) not in CASES:
             continue
         ids = out / f"ids{i}.csv"
