@@ -32,9 +32,9 @@ BYTES, REPEATS = 400 << 20, 5
 TILES = {"bf16": [*product((2, 4, 8), (4, 8)), (16, 8)], "int8": list(product((4, 8, 16), (1, 2, 4, 8))),
          "int4": list(product((16, 32), (4, 8, 16)))}
 # Of several rows: lines of a program, parts, tiles ahead, turned, warps; tensor cores take 16 lines a warp at least.
-QUANTIZED = [few_quantized.Cut(*cut) for cut in product((32, 64, 128), (1, 2, 4, 8), (3, 5), (False, True), (2, 4))
+QUANTIZED = [few_quantized.Cut(*cut) for cut in product((32, 64, 128), (1, 2, 4, 8), (3, 4, 6), (False, True), (2, 4))
              if cut[0] >= 16 * cut[4]]
-CUTS: dict[str, list[Any]] = {"bf16": [few.Cut(*cut) for cut in product((1, 2, 4), (3, 5))], "int8": QUANTIZED,
+CUTS: dict[str, list[Any]] = {"bf16": [few.Cut(*cut) for cut in product((1, 2, 4), (3, 4, 5))], "int8": QUANTIZED,
                               "int4": [cut for cut in QUANTIZED if cut.lines > 32]}
 FEWEST, MOST = 60, 1100  # programs
 

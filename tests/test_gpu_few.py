@@ -104,10 +104,10 @@ def test_parts_are_summed_before_they_are_sent(rank: int, ranks: int, few: Any) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "lines", "columns", "divisible", "cut"), [
-    (8, 12288, 4096, False, (1, 3)), (32, 6144, 4096, False, (1, 5)),  # Llama-2-7B's, of one rank and of two
-    (2, 22016, 4096, False, (1, 3)), (4, 11008, 4096, False, (1, 3)),
+    (8, 12288, 4096, False, (1, 4)), (32, 6144, 4096, False, (1, 5)),  # Llama-2-7B's, of one rank and of two
+    (2, 22016, 4096, False, (1, 3)), (4, 11008, 4096, False, (1, 4)),
     (8, 4096, 11008, True, (2, 5)), (8, 4096, 5504, True, (2, 5)), (8, 4096, 4096, True, (2, 5)),
-    (8, 4096, 4096, False, None), (8, 4096, 2048, True, None),  # programs too few, too short
+    (8, 4096, 2048, True, (2, 5)), (8, 4096, 4096, False, None), (8, 4096, 1024, True, None),  # too few, too short
     (1, 12288, 4096, False, None), (33, 12288, 4096, False, None), (8, 32000, 4096, False, None),
     (8, 12288, 4000, False, None), (8, 12280, 4096, False, None)])
 def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, divisible: bool,
@@ -125,4 +125,4 @@ def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, div
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 39)
+    run_interpreted(__file__, 40)

@@ -110,9 +110,10 @@ def test_one_row(algo: str, dtype: str, tile: tuple[int, int] | None, kernels: A
 def test_tiles_of_int4(dtype: str, tile: tuple[int, int], kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED and dtype == "bfloat16":
         pytest.skip("the interpreter multiplies bits of bfloat16 as integers")
-    monkeypatch.setattr(kernels.int4, "TILES", {1 << 31: tile})
+    for name in ("TILES", "FEW_TILES"):
+        monkeypatch.setattr(kernels.int4, name, {1 << 31: tile})
     torch.manual_seed(3)
-    for rows, columns, count in [(72, 2752, 1), (30, 300, 5), (40, 2064, 8)]:
+    for rows, columns, count in [(72, 2752, 1), (30, 300, 3), (40, 2064, 4)]:
         values, scale, whole = make(rows, columns, dtype, "W4A16")
         x, norm = (t.to(DEVICE, getattr(torch, dtype)) for t in (
             torch.randn(count, columns), 1 + torch.randn(columns) / 5))  # fmt: skip
@@ -123,12 +124,20 @@ def test_tiles_of_int4(dtype: str, tile: tuple[int, int], kernels: Any, monkeypa
             assert relative(found, y) < TOLERANCE[dtype]
 
 
+def want(programs: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None for products in one piece, very many for as many parts as there may be."""
+    for name in ("INT8", "INT4"):
+        cuts = {rows: (programs, cut) for rows, (_, cut) in getattr(kernels.few_quantized, name).items()}
+        monkeypatch.setattr(kernels.few_quantized, name, cuts)
+    monkeypatch.setattr(kernels.few_quantized, "SWIGLU_PROGRAMS", programs)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("full", [0, 1 << 30])
+@pytest.mark.parametrize("programs", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("algo", ALGOS)
-def test_several_rows(algo: str, dtype: str, full: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.few_quantized, "FULL", full)
+def test_several_rows(algo: str, dtype: str, programs: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    want(programs, kernels, monkeypatch)
     torch.manual_seed(2)
     for rows, columns in SIZES:
         values, scale, whole = make(rows, columns, dtype, algo)
@@ -182,15 +191,15 @@ def test_several_rows_summed_over_ranks(algo: str, kernels: Any, monkeypatch: py
     alone.sum_all()
     torch.manual_seed(5)
     values, scale, whole = make(64, 1100, "float16", algo)
-    for count, full in [(9, 0), (9, 1 << 30), (1, 0), (3, 1 << 30), (12, 1 << 30)]:
-        monkeypatch.setattr(kernels.few_quantized, "FULL", full)
+    for count, programs in [(9, 0), (9, 1 << 30), (1, 0), (3, 1 << 30), (12, 1 << 30)]:
+        want(programs, kernels, monkeypatch)
         x, residual, norm = (torch.randn(shape).half() for shape in ((count, 1100), (count, 64), (64,)))
         moved = [t.to(DEVICE) for t in (x, values, scale, residual, norm)]
         found = alone.linear_all_reduce_add_norm(*moved, 1e-5)
         ranks = 3 if count <= 9 else 1
         expected = residual.double() + ranks * (x.double() @ whole.T)
         for made, exact in ((found[0], expected), (found[1], rms_norm(expected, norm.double()))):
-            assert relative(made, exact) < 2 * TOLERANCE["float16"], (count, full)
+            assert relative(made, exact) < 2 * TOLERANCE["float16"], (count, programs)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Two to 32 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
 
-As in `gemv.py` a kernel begins while the one before it still runs. Until that has ended it has its first weights
-brought to the GPU's cache; then Triton's pipeline loads weights and rows alike. Other products are cuBLAS's.
+No kernel lets the next begin while it still works, as in `gemv.py`: programs would take the first room that they find,
+so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from tpllm.engine.torch.kernels import few_quantized
 from tpllm.engine.torch.kernels.few_quantized import _swiglu_of_pairs
@@ -24,8 +24,7 @@ MOST_ROWS = 32
 LINES, COLUMNS = 64, 128  # of the matrix in a program's tile
 SHARED = 120 << 10  # bytes of shared memory that a program takes at most
 FEWEST = 0.6  # of a GPU's multiprocessors have a program, or the product is cuBLAS's
-PARTS, SHORTEST = 2, 2048  # of a sum whose programs were fewer, so many columns long at least
-LINE = 64  # 16-bit numbers that come to the cache at once
+PARTS, SHORTEST = 2, 1024  # of a sum whose programs were fewer, so many columns long at least
 
 
 class Cut(NamedTuple):
@@ -37,11 +36,9 @@ class Cut(NamedTuple):
 
 @triton.jit(do_not_specialize=["M"])
 def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
-         COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, LINE: tl.constexpr):
+         COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr):
     """`[PARTS, M, N]`. With SwiGLU a program has eight lines of the first half, then eight of the second, and so on: a
     thread of a matrix product has lines l and l + 8, so both factors of its results."""
-    if EARLY:
-        gdc_launch_dependents()
     column, row, line = tl.arange(0, COLUMNS)[None, :], tl.arange(0, ROWS)[:, None], tl.arange(0, LINES)
     first, part = tl.program_id(0), tl.program_id(1)
     RESULTS: tl.constexpr = LINES // 2 if SWIGLU else LINES
@@ -49,10 +46,6 @@ def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.const
     lines = w + first.to(tl.int64) * (RESULTS * K) + within
     begin, end = part * (K // COLUMNS) // PARTS, (part + 1) * (K // COLUMNS) // PARTS
     if EARLY:
-        for stage in tl.static_range(STAGES):
-            at = tl.minimum(begin + stage, end - 1) * COLUMNS + tl.arange(0, COLUMNS // LINE)[None, :] * LINE
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines[:, None] + at],
-                                      dtype=tl.int32, is_pure=False, pack=1)
         gdc_wait()
     inside, rows, pointers = row < M, x + row * K + column, lines[:, None] + column
     acc = tl.zeros([LINES, ROWS], tl.float32)
@@ -71,7 +64,6 @@ def _swiglu(x, out, M, N, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.co
     """Of `[PARTS, M, 2N]`."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     half, gate = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
@@ -99,8 +91,7 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> C
         return None
     full = multiprocessors(x.device)
     parts = PARTS if divisible and programs < FEWEST * full and columns // PARTS >= SHORTEST else 1
-    # So few ahead that where there are many programs those of the next kernel find room beside them.
-    stages = 5 if programs * parts <= full else 3
+    stages = 5 if programs * parts <= full else 4 if programs * parts <= 1.5 * full else 3
     return Cut(parts, stages) if FEWEST * full <= programs * parts <= 3 * full else None
 
 
@@ -111,8 +102,7 @@ def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -
     out, early = torch.empty(shape, dtype=dtype, device=x.device), launches_early(x.device)
     _few[(weight.shape[0] // LINES, cut.parts)](
         x.contiguous(), weight, out, rows, size, K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES, COLUMNS=COLUMNS,
-        ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts, STAGES=cut.stages, LINE=LINE, num_warps=4,
-        launch_pdl=early)
+        ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts, STAGES=cut.stages, num_warps=4, launch_pdl=early)
     return out
 
 

@@ -1,7 +1,6 @@
 """Several rows times a matrix of quantized weights (`tpllm/quantization.py` has their layout), by tensor cores.
 
-Weights become numbers inside of the product. As in `few.py` a kernel begins while the one before it still runs, and has
-its first weights brought to the GPU's cache until that has ended.
+Weights become numbers inside of the product. Kernels follow each other as in `few.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from tpllm.engine.torch.kernels import int4
 from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.int4 import _pairs
 
 MOST_ROWS = 128  # for more, weights are written out first
-# To make numbers takes a program longer than to load them, so that there should be many at once.
-FULL, SHORTEST = 512, 512  # programs for which a product is cut into parts, of so many columns at least
+SHORTEST = 512  # columns of a part, at least
 
 
 class Cut(NamedTuple):
@@ -34,6 +32,14 @@ class Cut(NamedTuple):
     stages: int
     turned: bool
     warps: int = 4
+
+
+# For products of up to some rows: programs wanted, many as to make numbers takes one longer than to load them, and the
+# cut with the most parts. As measured on an H200 (`launch/sweep_products.py`, `launch/measure_layer.py`).
+INT8 = {8: (320, Cut(64, 4, 5, True)), 32: (512, Cut(64, 8, 4, False)), MOST_ROWS: (512, Cut(64, 4, 3, True))}
+INT4 = {8: (768, Cut(64, 8, 3, True)), 16: (768, Cut(64, 8, 3, True, 2)), 32: (512, Cut(64, 8, 3, True)),
+        MOST_ROWS: (512, Cut(128, 4, 3, True, 8))}
+SWIGLU_PROGRAMS = 512  # wanted at most, as of several parts another kernel makes it
 
 
 @triton.jit
@@ -80,8 +86,6 @@ def _few(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.conste
          EARLY: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
          STAGES: tl.constexpr, MORE: tl.constexpr):
     """`[PARTS, M, N]`, a group of 128 columns at a time. With SwiGLU lines lie as in `few.py`'s."""
-    if EARLY:
-        gdc_launch_dependents()
     RESULTS: tl.constexpr = LINES // 2 if SWIGLU else LINES
     WIDTH: tl.constexpr = 16 if INT4 else 128  # of a group, as it is stored
     rows, line, part = tl.arange(0, ROWS), tl.arange(0, LINES), tl.program_id(1)
@@ -93,10 +97,6 @@ def _few(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.conste
     inside, valid, columns, stored = (rows < M)[:, None], (result < N)[:, None], tl.arange(0, 128), tl.arange(0, WIDTH)
     weights, x_rows = w + lines.to(tl.int64)[:, None] * (groups * 16 if INT4 else K), x + rows[:, None] * K
     if EARLY:
-        for stage in tl.static_range(STAGES if WHOLE else 0):
-            first = weights + tl.minimum(begin + stage, end - 1) * WIDTH
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first], dtype=tl.int32,
-                                      is_pure=False, pack=1)
         gdc_wait()
     _, factor_line = _place(rows, lines, TURNED)
     acc = tl.zeros([LINES, ROWS] if TURNED else [ROWS, LINES], tl.float32)
@@ -127,7 +127,6 @@ def _few(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.conste
 def _sum_parts(parts, out, COUNT, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
@@ -166,7 +165,7 @@ def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def cut_for(x: torch.Tensor, weight: torch.Tensor) -> Cut | None:
+def cut_for(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False) -> Cut | None:
     """How their product is cut; None where weights are better written out.
 
     That is for many rows, which computing bounds, and for float32, which tensor cores do not multiply.
@@ -174,12 +173,9 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor) -> Cut | None:
     (rows, columns), size, packed = x.shape, weight.shape[0], weight.dtype == torch.int32
     if rows > MOST_ROWS or x.dtype == torch.float32:
         return None
-    small = rows <= 32
-    lines, warps = (64, 4) if small or not packed else (128, 8)
-    parts = max(1, min(FULL * lines // size, 8 if small else 4, columns // SHORTEST))
-    # So few ahead that where there are many programs, or rows, enough of them find room at once.
-    ahead = rows <= 16 or (small and parts * size < 400 * lines)
-    return Cut(lines, parts, 5 if ahead else 3, packed or not small, warps)
+    programs, cut = next(found for most, found in (INT4 if packed else INT8).items() if rows <= most)
+    wanted = min(programs, SWIGLU_PROGRAMS) if swiglu else programs
+    return cut._replace(parts=max(1, min(wanted * cut.lines // size, cut.parts, columns // SHORTEST)))
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:
@@ -191,8 +187,8 @@ def few(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, cut: Cut, sw
     whole = columns % 128 == 0 and weight.shape[0] % cut.lines == 0
     _few[(triton.cdiv(weight.shape[0], cut.lines), cut.parts)](
         x.contiguous(), weight, scale, out, rows, size, columns, ones, INT4=packed, TURNED=cut.turned, SWIGLU=swiglu,
-        EARLY=early, WHOLE=whole, LINES=cut.lines, ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts,
-        STAGES=cut.stages, MORE=more, num_warps=cut.warps, launch_pdl=early)
+        EARLY=early, WHOLE=whole, LINES=cut.lines, ROWS=max(8 if cut.turned else 16, triton.next_power_of_2(rows)),
+        PARTS=cut.parts, STAGES=cut.stages, MORE=more, num_warps=cut.warps, launch_pdl=early)
     return out
 
 
@@ -208,7 +204,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, divisible
 
 def linear_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
     """`[M, N]` of the weight `[2N, K]`: silu(first half) * second half, if a kernel makes it at once."""
-    if (cut := cut_for(x, weight)) is None:
+    if (cut := cut_for(x, weight, swiglu=True)) is None:
         return None
     if _by_warps(x, weight):
         return int4.few_rows(x.contiguous(), weight, scale, swiglu=True)

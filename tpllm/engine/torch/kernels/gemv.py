@@ -19,6 +19,8 @@ from tpllm.engine.torch.kernels.peers import Buffers, send
 NUMBERS = 8  # of each row in a program's tile, for each of its threads
 # By how many rows the matrix has, at most: those of a program and its warps.
 TILES = {4096: (8, 8), 8192: (4, 4), 1 << 31: (4, 8)}
+# Rows of which products have weights in registers before the kernel in front has ended: one here, two in int4.py.
+LOADS_EARLY = 2
 
 
 class Tile(NamedTuple):

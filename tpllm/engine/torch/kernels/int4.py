@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import _finish, launches_early, tile_of
+from tpllm.engine.torch.kernels.gemv import LOADS_EARLY, _finish, launches_early, tile_of
 
-ROWS = 8  # of x, at most
+ROWS = 4  # of x, at most
 # As in gemv.py, of one row of x.
 TILES = {4096: (16, 16), 8192: (32, 16), 16384: (32, 8), 1 << 31: (32, 4)}
+FEW_TILES = TILES | {1 << 31: (64, 4)}
 # The bits of 128 or 1,024, whose last four are free, in both halves of a word; by how much numbers are then too large.
 ONES = {torch.bfloat16: (0x43004300, 136.0), torch.float16: (0x64006400, 1032.0)}
 
@@ -74,8 +75,8 @@ def _row_of(i, j, N, EIGHTS: tl.constexpr, SWIGLU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, ones, NORM: tl.constexpr,
-          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
-          EIGHTS: tl.constexpr, WARPS: tl.constexpr, MORE: tl.constexpr):
+          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LETS: tl.constexpr, WHOLE: tl.constexpr,
+          ROWS: tl.constexpr, EIGHTS: tl.constexpr, WARPS: tl.constexpr, MORE: tl.constexpr):
     """`gemv.gemv` of M rows."""
     groups, warps, rows = tl.cdiv(K, 128), tl.arange(0, WARPS), tl.arange(0, ROWS)
     start = tl.program_id(0) * (8 * EIGHTS // (1 + SWIGLU))
@@ -89,7 +90,7 @@ def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, one
     present = (flat_result < N)[None, :]
     columns = (warps * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
     inputs, inside = x + rows[None, :, None] * K + columns, (rows < M)[None, :, None]
-    if EARLY:
+    if LETS:
         gdc_launch_dependents()
     words = _words(pointers, valid, warps, groups, WHOLE)
     factor = tl.load(factors, mask=present & (warps < groups)[:, None], other=0.0)
@@ -133,12 +134,13 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: t
     """
     (count, columns), size = x.shape, weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((count, size), dtype=x.dtype, device=x.device)
-    early, (results, warps), (ones, more) = launches_early(x.device), tile_of(TILES, size, swiglu), ONES[x.dtype]
+    early, (ones, more) = launches_early(x.device), ONES[x.dtype]
+    results, warps = tile_of(TILES if count == 1 else FEW_TILES, size, swiglu)
     warps = warps if count <= 2 else min(warps, 8)
     whole = size % results == 0 and triton.cdiv(columns, 128) % warps == 0
     _int4[(triton.cdiv(size, results),)](
         x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, count, size,
         columns, epsilon, ones, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
-        WHOLE=whole, ROWS=triton.next_power_of_2(count), EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more,
-        num_warps=warps, launch_pdl=early)
+        LETS=early and count <= LOADS_EARLY, WHOLE=whole, ROWS=triton.next_power_of_2(count),
+        EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more, num_warps=warps, launch_pdl=early)
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import launches_early
+from tpllm.engine.torch.kernels.gemv import LOADS_EARLY, launches_early
 
 
 @triton.jit
@@ -34,11 +34,11 @@ class Shares(NamedTuple):
 
 @triton.jit(do_not_specialize=["STEP"])
 def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
-              EARLY: tl.constexpr, BLOCK: tl.constexpr):
+              EARLY: tl.constexpr, LETS: tl.constexpr, BLOCK: tl.constexpr):
     columns, line = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
     inside = columns < N
     at = line * N + columns
-    if EARLY:
+    if LETS:
         gdc_launch_dependents()
     weight = tl.load(norm + columns, mask=inside, other=0.0)
     if EARLY:
@@ -55,8 +55,8 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilo
              out: torch.Tensor | None = None, shares: Shares | None = None, early: bool = False) -> torch.Tensor:
     """`x + residual [rows, width]` and its norm times `norm [width]`, stacked; in `out` where it is given.
 
-    With `shares` x is one of several addends, which may be of another dtype. With `early` it begins while the kernel
-    before it still runs.
+    With `shares` x is one of several addends, which may be of another dtype. With `early` it is
+    launched before the kernel in front has ended, and waits for that.
     """
     out = residual.new_empty((2, *residual.shape)) if out is None else out
     total, normed = out.unbind(0)
@@ -64,5 +64,6 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilo
     block, early = triton.next_power_of_2(x.shape[1]), early and launches_early(x.device)
     _add_norm[(x.shape[0],)](
         x, others, residual, norm, total, normed, x.shape[1], step, epsilon, RANK=rank, RANKS=ranks, EARLY=early,
-        BLOCK=block, num_warps=max(4, min(16, block // 512)), launch_pdl=early)
+        LETS=early and x.shape[0] <= LOADS_EARLY, BLOCK=block, num_warps=max(4, min(16, block // 512)),
+        launch_pdl=early)
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import launches_early
+from tpllm.engine.torch.kernels.gemv import LOADS_EARLY, launches_early
 from tpllm.engine.torch.kernels.norm import store_sum_and_norm
 from tpllm.engine.torch.kernels.peers import Buffers, send
 
@@ -19,13 +19,13 @@ from tpllm.engine.torch.kernels.peers import Buffers, send
 @triton.jit
 def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, PARTS: tl.constexpr, RANK: tl.constexpr,
           RANKS: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
-          BLOCK: tl.constexpr):
+          LETS: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = total.dtype.element_ty
     bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
     empty: tl.constexpr = -(1 << (dtype.primitive_bitwidth - 1))  # the sign alone
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
     inside = columns < N
-    if EARLY:
+    if LETS:
         gdc_launch_dependents()
     weight = tl.load(norm + columns, mask=inside, other=0.0) if ADD else 0.0
     if EARLY:
@@ -87,4 +87,5 @@ def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: tor
     _push[(rows,)](
         x, residual, norm, total, normed, buffers.addresses, buffers.rounds, width, epsilon,
         PARTS=x.numel() // (rows * width), RANK=buffers.rank, RANKS=len(buffers.addresses), ROWS=buffers.rows,
-        SEND=send, ADD=add, EARLY=early, BLOCK=block, num_warps=max(4, min(32, block // 256)), launch_pdl=early)
+        SEND=send, ADD=add, EARLY=early, LETS=early and rows <= LOADS_EARLY, BLOCK=block,
+        num_warps=max(4, min(32, block // 256)), launch_pdl=early)

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Kernels of one layer of decode on this machine's GPU, behind each other as an engine launches them.
+
+Products with what is done before and after them, and attention, of Llama-2-7B over one rank or one of two (whose sums
+over the ranks are left out), in a CUDA graph over so many layers that no weights are read from a cache. Beside
+`sweep_products.py` it shows what kernels cost each other. Run it with a Python that has PyTorch for CUDA:
+
+    PYTHONPATH=. python3 launch/measure_layer.py --output-file build/layers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from sweep_products import BYTES, MATRICES, REPEATS, make
+
+from tpllm.bench import commit
+from tpllm.engine.torch.graphs import graph_seconds
+from tpllm.engine.torch.kernels import few, gemv, gemv_quantized
+from tpllm.engine.torch.kernels.decode import decode_attention
+from tpllm.records import append_record
+from tpllm.runlog import date
+
+HIDDEN, SIZE, EPSILON = 4096, 128, 1e-5
+PRODUCTS = ("qkv", "dense", "fc, gate", "proj")
+Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]  # weights and, if they are quantized, scales
+
+
+class Step:
+    """One new token of each of some sequences, `length` long with it."""
+
+    def __init__(self, rows: int, tp_size: int, length: int) -> None:
+        self.heads = HIDDEN // SIZE // tp_size
+        self.x, self.norm = (torch.ones(*shape, HIDDEN, device="cuda", dtype=torch.bfloat16) for shape in ((rows,), ()))
+        self.x.normal_()
+        self.keys, self.values = (torch.randn(rows * length, self.heads, SIZE, device="cuda", dtype=torch.bfloat16)
+                                  for _ in range(2))
+        self.length = torch.full((rows,), length, device="cuda", dtype=torch.int32)
+        self.start = torch.arange(rows, device="cuda", dtype=torch.int32) * length
+        self.angles = torch.randn(rows, SIZE // 2, device="cuda")
+
+    def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.view(len(qkv), 3, self.heads, SIZE).unbind(1)
+        return decode_attention(q, k, v, self.angles, self.angles, self.keys, self.values, self.start,
+                                self.length).view(len(qkv), -1)
+
+    def one(self, layers: list[Layer]) -> None:
+        """Of one sequence."""
+        residual = self.x
+        for layer in layers:
+            attended = self._attend(multiply(residual, *layer["qkv"], norm=self.norm))
+            residual = multiply(attended, *layer["dense"], residual=residual)
+            inner = multiply(residual, *layer["fc, gate"], norm=self.norm, swiglu=True)
+            residual = multiply(inner, *layer["proj"], residual=residual)
+
+    def several(self, layers: list[Layer]) -> None:
+        residual, normed = self.x, self.x
+        for layer in layers:
+            attended = self._attend(few.linear(normed, *layer["qkv"]))
+            residual, normed = few.linear_add_norm(attended, *layer["dense"], residual, self.norm, EPSILON)
+            inner = few.linear_swiglu(normed, *layer["fc, gate"])
+            residual, normed = few.linear_add_norm(inner, *layer["proj"], residual, self.norm, EPSILON)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, norm: torch.Tensor | None = None,
+             residual: torch.Tensor | None = None, swiglu: bool = False) -> torch.Tensor:
+    if scale is None:
+        return gemv.gemv(x, weight, norm, EPSILON, residual, swiglu)
+    return gemv_quantized.gemv(x, weight, scale, norm, EPSILON, residual, swiglu)
+
+
+def make_layer(kind: str, tp_size: int) -> Layer:
+    matrices = {name: MATRICES[f"7B {'' if tp_size == 1 else 'tp 2 '}{name}"] for name in PRODUCTS}
+    made = {name: make(kind, matrix) for name, matrix in matrices.items()}
+    return {name: (weights[0], weights[1] if len(weights) > 1 else None) for name, weights in made.items()}
+
+
+def microseconds(step: Step, layers: list[Layer]) -> float:
+    """Of one of the layers."""
+    run = step.one if len(step.x) == 1 else step.several
+    run(layers[:1])  # kernels load at their first call, which must not be inside of a capture
+    torch.cuda.synchronize()
+    return graph_seconds(lambda: run(layers), REPEATS) * 1e6 / len(layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", nargs="*", choices=["bf16", "int8", "int4"], default=["bf16", "int8", "int4"])
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32], help="sequences, up to 32")
+    parser.add_argument("--tp-sizes", nargs="*", type=int, choices=[1, 2], default=[1, 2])
+    parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
+    parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    for kind, tp_size in product(args.weights, args.tp_sizes):
+        layers = [make_layer(kind, tp_size)]
+        size = sum(t.nbytes for weights in layers[0].values() for t in weights if t is not None)
+        layers += [make_layer(kind, tp_size) for _ in range(4 * BYTES // size)]
+        for rows in args.rows:
+            us = microseconds(Step(rows, tp_size, args.length), layers)
+            print(f"{kind} tp {tp_size}, {rows} row(s): {us:.1f} us a layer, {size / us / 1e6:.2f} TB/s", flush=True)
+            if args.output_file:
+                append_record(args.output_file, {
+                    "kind": "layer", "weights": kind, "tp_size": tp_size, "x_rows": rows, "length": args.length,
+                    "bytes": size, "us": round(us, 2), "device": torch.cuda.get_device_name(),
+                    "versions": {"torch": torch.__version__}, "commit": commit(),
+                    "command": " ".join(["launch/measure_layer.py", *sys.argv[1:]]), "date": date()})
+
+
+if __name__ == "__main__":
+    main()
