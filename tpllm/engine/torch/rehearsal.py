@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tpllm.distributed import World
 from tpllm.engine.base import EngineConfig, StepInput
 from tpllm.engine.torch import collectives, communicator
-from tpllm.engine.torch.base import export_decode, export_step, make_cache, make_program
+from tpllm.engine.torch.base import export_decode, export_step, make_program
 from tpllm.engine.torch.cuda import CudaEngine
 from tpllm.engine.torch.exchange import Parts
 from tpllm.engine.torch.kernel_files import pack_kernels
@@ -38,7 +38,7 @@ def make_kernels(config: EngineConfig, model_file: Path | None, device: torch.de
 
 
 def rehearse(config: EngineConfig, model_file: Path | None, device: torch.device) -> None:
-    """Load an engine and let it step, with each way of summing; the rest of the kernels tell ranks apart."""
+    """Load an engine and let it step, with each way of summing, as the first rank: all have the same kernels."""
     model = find_model(config.model.architecture, model_file)(config.model)
     program = make_program(model, Mapping(config.tp_size, 0), device)
     for parameter in program.parameters():
@@ -46,18 +46,14 @@ def rehearse(config: EngineConfig, model_file: Path | None, device: torch.device
     mixed, one = export_step(program, config, single=False).module(), export_decode(program, config).module()
     for way in ("push", "nccl") if config.tp_size > 1 else ("alone",):
         if config.tp_size > 1:
-            stand_in(config, 0, device, way)
+            stand_in(config, device, way)
         CudaEngine(config, mixed, one, device, config.build.max_seq_len).step(prompt_beside_a_token())
-    for rank in range(1, config.tp_size):
-        stand_in(config, rank, device, "push")
-        tokens, start, length = torch.tensor([[0], [0], [1]], dtype=torch.int32, device=device)
-        one(tokens, start, length, make_cache(config, device, config.build.max_seq_len))
     torch.cuda.synchronize(device)
 
 
-def stand_in(config: EngineConfig, rank: int, device: torch.device, way: str) -> None:
-    """Let operators take this process for that rank."""
-    alone = Alone(rank, config.tp_size, device, config.model.hidden_size, getattr(torch, config.model.dtype), way)
+def stand_in(config: EngineConfig, device: torch.device, way: str) -> None:
+    """Let operators take this process for the first rank."""
+    alone = Alone(0, config.tp_size, device, config.model.hidden_size, getattr(torch, config.model.dtype), way)
     alone.sum_all()
     collectives.bind(World(), alone)
 
@@ -100,9 +96,11 @@ class Alone(communicator.Communicator):
 
     def sum_all(self) -> None:
         """What the ranks begin with, to see which way is the fastest."""
+        from tpllm.engine.torch.kernels.gemv import LOADS_EARLY
         from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
-        x = torch.zeros((2, self.width), dtype=self.dtype, device=self.device)
-        self.all_reduce(x)
-        self.all_reduce_add_norm(x, x, x[0], 1.0)
-        add_norm(x, x, x[0], 1.0, shares=Shares(x, self.world.rank, self.world.size, 0))
+        for rows in (LOADS_EARLY, LOADS_EARLY + 1):
+            x = torch.zeros((rows, self.width), dtype=self.dtype, device=self.device)
+            self.all_reduce(x)
+            self.all_reduce_add_norm(x, x, x[0], 1.0)
+            add_norm(x, x, x[0], 1.0, shares=Shares(x, self.world.rank, self.world.size, 0))

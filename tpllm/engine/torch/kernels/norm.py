@@ -32,8 +32,8 @@ class Shares(NamedTuple):
     step: int
 
 
-@triton.jit(do_not_specialize=["STEP"])
-def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: tl.constexpr, RANKS: tl.constexpr,
+@triton.jit(do_not_specialize=["own", "STEP"])
+def _add_norm(x, others, residual, norm, total, normed, own, N, STEP, epsilon, RANKS: tl.constexpr,
               EARLY: tl.constexpr, LETS: tl.constexpr, BLOCK: tl.constexpr):
     columns, line = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
     inside = columns < N
@@ -46,7 +46,7 @@ def _add_norm(x, others, residual, norm, total, normed, N, STEP, epsilon, RANK: 
     left = tl.load(residual + at, mask=inside, other=0.0)
     row = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(RANKS):
-        addend = x + at if rank == RANK else others + (rank * STEP + line) * N + columns
+        addend = x + at if rank == own else others + (rank * STEP + line) * N + columns
         row += tl.load(addend, mask=inside, other=0.0).to(tl.float32)
     store_sum_and_norm(row, left, weight, total, normed, at, inside, N, epsilon)
 
@@ -63,7 +63,7 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilo
     others, rank, ranks, step = shares or (x, 0, 1, 0)
     block, early = triton.next_power_of_2(x.shape[1]), early and launches_early(x.device)
     _add_norm[(x.shape[0],)](
-        x, others, residual, norm, total, normed, x.shape[1], step, epsilon, RANK=rank, RANKS=ranks, EARLY=early,
+        x, others, residual, norm, total, normed, rank, x.shape[1], step, epsilon, RANKS=ranks, EARLY=early,
         LETS=early and x.shape[0] <= LOADS_EARLY, BLOCK=block, num_warps=max(4, min(16, block // 512)),
         launch_pdl=early)
     return out

@@ -38,13 +38,16 @@ def make_buffers(places: torch.Tensor, addresses: list[int], rank: int) -> Buffe
 
 
 @triton.jit
-def send(values, at, inside, addresses, round, N, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr):
-    """Values into every peer's buffer, `at` elements behind where this rank's begin in a round."""
+def send(values, at, inside, addresses, round, N, rank, RANKS: tl.constexpr, ROWS: tl.constexpr):
+    """Values into every peer's buffer, `at` elements behind where this rank's begin in a round.
+
+    Its rank is no constant here and elsewhere, so that all ranks have the same kernels.
+    """
     bits: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
     empty: tl.constexpr = -(1 << (values.dtype.primitive_bitwidth - 1))  # the sign alone
     sent = values.to(bits, bitcast=True)
     sent = tl.where(sent == empty, 0, sent)
     for peer in tl.static_range(RANKS):
-        if peer != RANK:
+        if peer != rank:
             there = tl.load(addresses + peer).to(tl.pointer_type(bits))
-            tl.store(there + (round % 3 * RANKS + RANK) * ROWS * N + at, sent, mask=inside, cache_modifier=".wt")
+            tl.store(there + (round % 3 * RANKS + rank) * ROWS * N + at, sent, mask=inside, cache_modifier=".wt")

@@ -16,8 +16,8 @@ from tpllm.engine.torch.kernels.norm import store_sum_and_norm
 from tpllm.engine.torch.kernels.peers import Buffers, send
 
 
-@triton.jit
-def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, PARTS: tl.constexpr, RANK: tl.constexpr,
+@triton.jit(do_not_specialize=["rank"])
+def _push(x, residual, norm, total, normed, addresses, rounds, rank, N, epsilon, PARTS: tl.constexpr,
           RANKS: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
           LETS: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = total.dtype.element_ty
@@ -38,11 +38,11 @@ def _push(x, residual, norm, total, normed, addresses, rounds, N, epsilon, PARTS
     mine = mine.to(dtype)
     left = tl.load(residual + at, mask=inside, other=0.0) if ADD else 0.0  # here: peers are waited for next
     if SEND:  # else the kernel before has
-        send(mine, row * N + columns, inside, addresses, round, N, RANK, RANKS, ROWS)
-    here = tl.load(addresses + RANK).to(tl.pointer_type(bits))
+        send(mine, row * N + columns, inside, addresses, round, N, rank, RANKS, ROWS)
+    here = tl.load(addresses + rank).to(tl.pointer_type(bits))
     acc = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(RANKS):  # the same order on every rank, so the same bits
-        if source == RANK:
+        if source == rank:
             acc += mine.to(tl.float32)
         else:
             place = here + ((now * RANKS + source) * ROWS + row) * N + columns
@@ -85,7 +85,7 @@ def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: tor
     early = launches_early(x.device)
     block = triton.next_power_of_2(width)
     _push[(rows,)](
-        x, residual, norm, total, normed, buffers.addresses, buffers.rounds, width, epsilon,
-        PARTS=x.numel() // (rows * width), RANK=buffers.rank, RANKS=len(buffers.addresses), ROWS=buffers.rows,
+        x, residual, norm, total, normed, buffers.addresses, buffers.rounds, buffers.rank, width, epsilon,
+        PARTS=x.numel() // (rows * width), RANKS=len(buffers.addresses), ROWS=buffers.rows,
         SEND=send, ADD=add, EARLY=early, LETS=early and rows <= LOADS_EARLY, BLOCK=block,
         num_warps=max(4, min(32, block // 256)), launch_pdl=early)
