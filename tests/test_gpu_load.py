@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_jobs
 from makers import Shape, make_meta_dir
-from test_gpu import GROUPS, HEAD64, HEAD128
+from test_gpu import GROUPS, HEAD64, HEAD128, WIDE
 from test_gpu_ranks import NO_MULTICAST, RANKS, SHARE
 
 from tpllm.cli import main
@@ -27,7 +27,7 @@ class Case:
 
 
 CASES = [Case(1, HEAD128, "bfloat16"), Case(1, HEAD64, "float32"), Case(1, GROUPS, "float16", "int4"),
-         *(Case(ranks, HEAD128, "bfloat16") for ranks in RANKS)]  # fmt: skip
+         Case(1, WIDE, "bfloat16", "int8"), *(Case(ranks, WIDE, "bfloat16") for ranks in RANKS)]  # fmt: skip
 
 
 def keys(triton: Path) -> set[str]:
