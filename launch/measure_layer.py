@@ -35,8 +35,8 @@ class Step:
 
     def __init__(self, rows: int, tp_size: int, length: int) -> None:
         self.heads = HIDDEN // SIZE // tp_size
-        self.x, self.norm = (torch.ones(*shape, HIDDEN, device="cuda", dtype=torch.bfloat16) for shape in ((rows,), ()))
-        self.x.normal_()
+        self.x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.norm = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
         self.keys, self.values = (torch.randn(rows * length, self.heads, SIZE, device="cuda", dtype=torch.bfloat16)
                                   for _ in range(2))
         self.length = torch.full((rows,), length, device="cuda", dtype=torch.int32)

@@ -74,8 +74,8 @@ def _finish(result, gate, squares, left, out, place, mask, K, epsilon, NORM: tl.
 @triton.jit(do_not_specialize=["rank"])
 def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, addresses, rounds, rank, SCALED: tl.constexpr,
           NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr,
-          RANKS: tl.constexpr = 1, ROWS: tl.constexpr = 1):
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr, RANKS: tl.constexpr = 1,
+          ROWS: tl.constexpr = 1):
     """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too."""
     columns = tl.arange(0, BLOCK_K)
     rows, pointers, other = _places(w, columns, N, K, BLOCK_N)

@@ -55,8 +55,8 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilo
              out: torch.Tensor | None = None, shares: Shares | None = None, early: bool = False) -> torch.Tensor:
     """`x + residual [rows, width]` and its norm times `norm [width]`, stacked; in `out` where it is given.
 
-    With `shares` x is one of several addends, which may be of another dtype. With `early` it is
-    launched before the kernel in front has ended, and waits for that.
+    With `shares` x is one of several addends, which may be of another dtype. With `early` it is launched before the
+    kernel in front has ended, and waits for that.
     """
     out = residual.new_empty((2, *residual.shape)) if out is None else out
     total, normed = out.unbind(0)
