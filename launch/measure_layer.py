@@ -11,19 +11,16 @@ over the ranks are left out), in a CUDA graph over so many layers that no weight
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
-from sweep_products import BYTES, MATRICES, REPEATS, make
+from sweep_products import BYTES, MATRICES, made_by, make, microseconds
 
-from tpllm.bench import commit
-from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.kernels import few, gemv, gemv_quantized
 from tpllm.engine.torch.kernels.decode import decode_attention
 from tpllm.records import append_record
-from tpllm.runlog import date
 
 HIDDEN, SIZE, EPSILON = 4096, 128, 1e-5
 PRODUCTS = ("qkv", "dense", "fc, gate", "proj")
@@ -79,14 +76,6 @@ def make_layer(kind: str, tp_size: int) -> Layer:
     return {name: (weights[0], weights[1] if len(weights) > 1 else None) for name, weights in made.items()}
 
 
-def microseconds(step: Step, layers: list[Layer]) -> float:
-    """Of one of the layers."""
-    run = step.one if len(step.x) == 1 else step.several
-    run(layers[:1])  # kernels load at their first call, which must not be inside of a capture
-    torch.cuda.synchronize()
-    return graph_seconds(lambda: run(layers), REPEATS) * 1e6 / len(layers)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="*", choices=["bf16", "int8", "int4"], default=["bf16", "int8", "int4"])
@@ -102,14 +91,13 @@ def main() -> None:
         size = sum(t.nbytes for weights in layers[0].values() for t in weights if t is not None)
         layers += [make_layer(kind, tp_size) for _ in range(4 * BYTES // size)]
         for rows in args.rows:
-            us = microseconds(Step(rows, tp_size, args.length), layers)
+            step = Step(rows, tp_size, args.length)
+            us = microseconds(partial(step.one if rows == 1 else step.several, layers), len(layers))
             print(f"{kind} tp {tp_size}, {rows} row(s): {us:.1f} us a layer, {size / us / 1e6:.2f} TB/s", flush=True)
             if args.output_file:
                 append_record(args.output_file, {
                     "kind": "layer", "weights": kind, "tp_size": tp_size, "x_rows": rows, "length": args.length,
-                    "bytes": size, "us": round(us, 2), "device": torch.cuda.get_device_name(),
-                    "versions": {"torch": torch.__version__}, "commit": commit(),
-                    "command": " ".join(["launch/measure_layer.py", *sys.argv[1:]]), "date": date()})
+                    "bytes": size, "us": round(us, 2), **made_by()})
 
 
 if __name__ == "__main__":

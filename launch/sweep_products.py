@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tpllm.bench import commit
 from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.kernels import few, few_quantized, gemv, gemv_quantized, int4
 from tpllm.records import append_record
@@ -119,7 +120,7 @@ def compile_cases(cases: list[tuple[str, str, int, Tile]]) -> None:
 
 
 def microseconds(run: Callable[[], None], count: int) -> float:
-    """Of one of `count` products."""
+    """Of one of the `count` things that are run."""
     run()  # kernels load at their first call, which must not be inside of a capture
     torch.cuda.synchronize()
     return graph_seconds(run, REPEATS) * 1e6 / count
@@ -135,9 +136,13 @@ def record_of(kind: str, name: str, rows: int, size: int, took: dict[Tile, float
     matrix = MATRICES[name]
     return {"kind": "products", "weights": kind, "matrix": name, "rows": matrix.rows, "columns": matrix.columns,
             "x_rows": rows, "bytes": size, "us": {words(tile): round(us, 2) for tile, us in took.items()},
-            "device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__},
-            "command": " ".join(["launch/sweep_products.py", *sys.argv[1:]]),
-            "date": date()}
+            **made_by()}
+
+
+def made_by() -> dict[str, Any]:
+    """What a record of one of these scripts says of its machine, code and command."""
+    return {"device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}, "commit": commit(),
+            "command": " ".join([f"launch/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "date": date()}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Two to 32 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
 
-No kernel lets the next begin while it still works, as in `gemv.py`: programs would take the first room that they find,
-so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
+Unlike in `gemv.py` no kernel lets the next begin while it still works: programs would take the first room that they
+find, so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> C
         return None
     full = multiprocessors(x.device)
     parts = PARTS if divisible and programs < FEWEST * full and columns // PARTS >= SHORTEST else 1
-    stages = 5 if programs * parts <= full else 4 if programs * parts <= 1.5 * full else 3
-    return Cut(parts, stages) if FEWEST * full <= programs * parts <= 3 * full else None
+    programs *= parts
+    stages = 5 if programs <= full else 4 if programs <= 1.5 * full else 3  # many need not ask for much each
+    return Cut(parts, stages) if FEWEST * full <= programs <= 3 * full else None
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:

@@ -21,7 +21,7 @@ from tpllm.engine.torch.kernels.gemv import LOADS_EARLY, _finish, launches_early
 ROWS = 4  # of x, at most
 # As in gemv.py, of one row of x.
 TILES = {4096: (16, 16), 8192: (32, 16), 16384: (32, 8), 1 << 31: (32, 4)}
-FEW_TILES = TILES | {1 << 31: (64, 4)}
+FEW_TILES = TILES | {1 << 31: (64, 4)}  # of more rows
 # The bits of 128 or 1,024, whose last four are free, in both halves of a word; by how much numbers are then too large.
 ONES = {torch.bfloat16: (0x43004300, 136.0), torch.float16: (0x64006400, 1032.0)}
 
