@@ -121,13 +121,14 @@ def test_sums_with_what_peers_have_sent(rank: int, ranks: int, dtype: torch.dtyp
     rows, room, width, others = 3, 5, 96, [other for other in range(ranks) if other != rank]
     parts = [torch.full((kernels.peers.SETS, ranks, room, width), -0.0, dtype=dtype, device=DEVICE)
              for _ in range(ranks)]
-    buffers = kernels.peers.make_buffers(parts[rank], [part.data_ptr() for part in parts], rank)
+    buffers = kernels.peers.make_buffers((*parts[rank:], *parts[:rank]), rank)
+    behind = [(rank - other) % ranks for other in others]
     for number in range(4):
         addends, residual, weight = (torch.randn(shape).to(dtype)
                                      for shape in ((ranks, rows, width), (rows, width), (width,)))
         addends[:, 0, :7] = -0.0  # what an empty place holds
         now, before = (parts[rank][(number + turn) % 3, :, :rows] for turn in (0, 2))
-        now[others] = addends[others].to(DEVICE).abs() * addends[others].to(DEVICE).sign()
+        now[behind] = addends[others].to(DEVICE).abs() * addends[others].to(DEVICE).sign()
         x, expected = addends[rank].to(DEVICE), addends.double().sum(0)
         if number == 2:
             close(kernels.push.push_all_reduce(x, buffers), expected, dtype)
@@ -136,9 +137,9 @@ def test_sums_with_what_peers_have_sent(rank: int, ranks: int, dtype: torch.dtyp
             close(found[0], expected + residual.double(), dtype)
             close(found[1], rms_norm(expected + residual.double(), weight.double()), dtype)
         for other in others:
-            sent = parts[other][number % 3, rank, :rows]
+            sent = parts[other][number % 3, (other - rank) % ranks, :rows]
             assert torch.equal(sent, x) and not (sent.signbit() & (sent == 0)).any()
-        assert ((before[others] == 0) & before[others].signbit()).all(), "not emptied for the round after the next"
+        assert ((before[behind] == 0) & before[behind].signbit()).all(), "not emptied for the round after the next"
     assert buffers.rounds.tolist() == [4] * rows + [0] * (room - rows)
 
 

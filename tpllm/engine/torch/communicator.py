@@ -152,7 +152,8 @@ class Communicator:
 
         rows = push_rows(self.width, self.dtype)
         places, peers = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
-        self._buffers = make_buffers(places, peers.addresses, self.world.rank)
+        ahead = [(self.world.rank + i) % self.world.size for i in range(1, self.world.size)]
+        self._buffers = make_buffers((places, *(peers.buffer(rank, places) for rank in ahead)), self.world.rank)
         self._large, _ = symmetric_memory((ROW_COUNTS[-1], self.width), self.dtype, self.device)
         if in_parts(self._most) and forced_path() != "nccl":
             self._exchanged = Exchanged(self.world.rank, self.world.size, self._most, self.width, self.dtype,

@@ -137,11 +137,6 @@ class Peers:
     def __init__(self, handle: torch._C._distributed_c10d._SymmetricMemory) -> None:
         self._handle = handle
 
-    @property
-    def addresses(self) -> list[int]:
-        """Where each rank's part begins."""
-        return list(self._handle.buffer_ptrs)
-
     def buffer(self, rank: int, like: torch.Tensor) -> torch.Tensor:
         """A rank's part, of the shape of this rank's."""
         found: torch.Tensor = self._handle.get_buffer(rank, like.shape, like.dtype)

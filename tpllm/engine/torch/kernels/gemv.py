@@ -71,8 +71,8 @@ def _finish(result, gate, squares, left, out, place, mask, K, epsilon, NORM: tl.
     return result
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, addresses, rounds, rank, SCALED: tl.constexpr,
+@triton.jit
+def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, places, rounds, SCALED: tl.constexpr,
           NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr, RANKS: tl.constexpr = 1,
           ROWS: tl.constexpr = 1):
@@ -111,7 +111,7 @@ def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, addres
         gate *= scale2
     result = _finish(result, gate, tl.sum(squares, 0), left, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
     if RANKS > 1:
-        send(result, rows, rows < N, addresses, round, N, rank, RANKS, ROWS)
+        send(result, rows, rows < N, places, round, N, RANKS, ROWS)
 
 
 @cache
@@ -145,8 +145,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], weight.shape[1]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early, tile = launches_early(x.device), tile_of(TILES, size, swiglu)
-    ranks = {} if peers is None else {"RANKS": len(peers.addresses), "ROWS": peers.rows}
-    theirs = (out, out, 0) if peers is None else (peers.addresses, peers.rounds, peers.rank)
+    ranks = {} if peers is None else {"RANKS": len(peers.places), "ROWS": peers.rows}
+    theirs = ((out,), out) if peers is None else (peers.places, peers.rounds)
     _gemv[(triton.cdiv(size, tile.results),)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
         columns, epsilon, *theirs, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None,

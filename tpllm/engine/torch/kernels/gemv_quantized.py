@@ -117,7 +117,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
                     BLOCK_K=block, WORDS=WORDS, WHOLE=size % tile.results == 0 and columns % (4 * block) == 0,
                     num_warps=tile.warps)
     else:
-        _gemv[grid](*inputs, out, out, 0, SCALED=True, **options, **tile_options(size, columns, tile))
+        _gemv[grid](*inputs, (out,), out, SCALED=True, **options, **tile_options(size, columns, tile))
     return out
 
 

@@ -17,8 +17,8 @@ from tpllm.engine.torch.kernels.peers import Buffers, send
 
 
 @triton.jit(do_not_specialize=["rank"])
-def _push(x, residual, norm, total, normed, addresses, rounds, rank, N, epsilon, PARTS: tl.constexpr,
-          RANKS: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+def _push(x, residual, norm, total, normed, places, rounds, rank, N, epsilon, PARTS: tl.constexpr,
+          RANKS: tl.constexpr, SOURCES: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
           LETS: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = total.dtype.element_ty
     bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
@@ -38,20 +38,16 @@ def _push(x, residual, norm, total, normed, addresses, rounds, rank, N, epsilon,
     mine = mine.to(dtype)
     left = tl.load(residual + at, mask=inside, other=0.0) if ADD else 0.0  # here: peers are waited for next
     if SEND:  # else the kernel before has
-        send(mine, row * N + columns, inside, addresses, round, N, rank, RANKS, ROWS)
-    here = tl.load(addresses + rank).to(tl.pointer_type(bits))
-    acc = tl.zeros([BLOCK], tl.float32)
-    for source in tl.static_range(RANKS):  # the same order on every rank, so the same bits
-        if source == rank:
-            acc += mine.to(tl.float32)
-        else:
-            place = here + ((now * RANKS + source) * ROWS + row) * N + columns
-            got = tl.load(place, mask=inside, other=0, volatile=True)
-            while tl.max((got == empty).to(tl.int32), 0) > 0:
-                got = tl.load(place, mask=inside, other=0, volatile=True)
-            acc += got.to(dtype, bitcast=True).to(tl.float32)
-            tl.store(here + ((before * RANKS + source) * ROWS + row) * N + columns,
-                     tl.full([BLOCK], empty, bits), mask=inside)
+        send(mine, row * N + columns, inside, places, round, N, RANKS, ROWS)
+    sources = tl.arange(0, SOURCES)[:, None]  # in the same order on every rank, so sums have the same bits
+    theirs = inside[None, :] & (sources < RANKS) & (sources != rank)
+    place = places[0].to(tl.pointer_type(bits), bitcast=True) + (
+        ((rank + RANKS - sources) % RANKS * ROWS + row) * N + columns[None, :])
+    got = tl.load(place + now * RANKS * ROWS * N, mask=theirs, other=0, volatile=True)
+    while tl.max((got == empty).to(tl.int32)) > 0:
+        got = tl.load(place + now * RANKS * ROWS * N, mask=theirs, other=0, volatile=True)
+    tl.store(place + before * RANKS * ROWS * N, tl.full([SOURCES, BLOCK], empty, bits), mask=theirs)
+    acc = tl.sum(tl.where(sources == rank, mine[None, :], got.to(dtype, bitcast=True)).to(tl.float32), 0)
     tl.store(rounds + row, round + 1)
     result = acc.to(dtype)
     if ADD:
@@ -85,7 +81,7 @@ def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: tor
     early = launches_early(x.device)
     block = triton.next_power_of_2(width)
     _push[(rows,)](
-        x, residual, norm, total, normed, buffers.addresses, buffers.rounds, buffers.rank, width, epsilon,
-        PARTS=x.numel() // (rows * width), RANKS=len(buffers.addresses), ROWS=buffers.rows,
+        x, residual, norm, total, normed, buffers.places, buffers.rounds, buffers.rank, width, epsilon,
+        PARTS=x.numel() // (rows * width), RANKS=len(buffers.places), SOURCES=triton.next_power_of_2(len(buffers.places)), ROWS=buffers.rows,
         SEND=send, ADD=add, EARLY=early, LETS=early and rows <= LOADS_EARLY, BLOCK=block,
         num_warps=max(4, min(32, block // 256)), launch_pdl=early)
