@@ -18,8 +18,8 @@ from tpllm.engine.torch.kernels.peers import Buffers, send
 
 @triton.jit(do_not_specialize=["rank"])
 def _push(x, residual, norm, total, normed, places, rounds, rank, N, epsilon, PARTS: tl.constexpr,
-          RANKS: tl.constexpr, SOURCES: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
-          LETS: tl.constexpr, BLOCK: tl.constexpr):
+          RANKS: tl.constexpr, SOURCES: tl.constexpr, ROWS: tl.constexpr, SEND: tl.constexpr, ADD: tl.constexpr,
+          EARLY: tl.constexpr, LETS: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = total.dtype.element_ty
     bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
     empty: tl.constexpr = -(1 << (dtype.primitive_bitwidth - 1))  # the sign alone
@@ -31,7 +31,6 @@ def _push(x, residual, norm, total, normed, places, rounds, rank, N, epsilon, PA
     if EARLY:
         gdc_wait()
     round, at = tl.load(rounds + row), row.to(tl.int64) * N + columns
-    now, before = round % 3, (round + 2) % 3
     mine = tl.load(x + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         mine += tl.load(x + part * tl.num_programs(0) * N + at, mask=inside, other=0.0)
@@ -39,15 +38,16 @@ def _push(x, residual, norm, total, normed, places, rounds, rank, N, epsilon, PA
     left = tl.load(residual + at, mask=inside, other=0.0) if ADD else 0.0  # here: peers are waited for next
     if SEND:  # else the kernel before has
         send(mine, row * N + columns, inside, places, round, N, RANKS, ROWS)
-    sources = tl.arange(0, SOURCES)[:, None]  # in the same order on every rank, so sums have the same bits
+    sources, turn = tl.arange(0, SOURCES)[:, None], RANKS * ROWS * N
     theirs = inside[None, :] & (sources < RANKS) & (sources != rank)
     place = places[0].to(tl.pointer_type(bits), bitcast=True) + (
         ((rank + RANKS - sources) % RANKS * ROWS + row) * N + columns[None, :])
-    got = tl.load(place + now * RANKS * ROWS * N, mask=theirs, other=0, volatile=True)
+    got = tl.load(place + round % 3 * turn, mask=theirs, other=0, volatile=True)
     while tl.max((got == empty).to(tl.int32)) > 0:
-        got = tl.load(place + now * RANKS * ROWS * N, mask=theirs, other=0, volatile=True)
-    tl.store(place + before * RANKS * ROWS * N, tl.full([SOURCES, BLOCK], empty, bits), mask=theirs)
-    acc = tl.sum(tl.where(sources == rank, mine[None, :], got.to(dtype, bitcast=True)).to(tl.float32), 0)
+        got = tl.load(place + round % 3 * turn, mask=theirs, other=0, volatile=True)
+    tl.store(place + (round + 2) % 3 * turn, tl.full([SOURCES, BLOCK], empty, bits), mask=theirs)  # of the last round
+    addends = tl.where(sources == rank, mine[None, :], got.to(dtype, bitcast=True))
+    acc = tl.sum(addends.to(tl.float32), 0)  # in the same order on every rank, so the same bits
     tl.store(rounds + row, round + 1)
     result = acc.to(dtype)
     if ADD:
@@ -80,8 +80,9 @@ def _launch(x: torch.Tensor, buffers: Buffers, residual: torch.Tensor, norm: tor
     *_, rows, width = x.shape
     early = launches_early(x.device)
     block = triton.next_power_of_2(width)
+    ranks = len(buffers.places)
     _push[(rows,)](
         x, residual, norm, total, normed, buffers.places, buffers.rounds, buffers.rank, width, epsilon,
-        PARTS=x.numel() // (rows * width), RANKS=len(buffers.places), SOURCES=triton.next_power_of_2(len(buffers.places)), ROWS=buffers.rows,
+        PARTS=x.numel() // (rows * width), RANKS=ranks, SOURCES=triton.next_power_of_2(ranks), ROWS=buffers.rows,
         SEND=send, ADD=add, EARLY=early, LETS=early and rows <= LOADS_EARLY, BLOCK=block,
         num_warps=max(4, min(32, block // 256)), launch_pdl=early)
