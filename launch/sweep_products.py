@@ -35,7 +35,8 @@ TILES = {"bf16": [*product((2, 4, 8), (4, 8)), (16, 8)], "int8": list(product((4
 # Of several rows: lines of a program, parts, tiles ahead, turned, warps; tensor cores take 16 lines a warp at least.
 QUANTIZED = [few_quantized.Cut(*cut) for cut in product((32, 64, 128), (1, 2, 4, 8), (3, 4, 6), (False, True), (2, 4))
              if cut[0] >= 16 * cut[4]]
-CUTS: dict[str, list[Any]] = {"bf16": [few.Cut(*cut) for cut in product((1, 2, 4), (3, 4, 5))], "int8": QUANTIZED,
+PLAIN = [few.Cut(*cut) for cut in (*product((1, 2, 4), (3, 4, 5)), *product((1, 2), (4, 8), (64,)))]
+CUTS: dict[str, list[Any]] = {"bf16": PLAIN, "int8": QUANTIZED,
                               "int4": [cut for cut in QUANTIZED if cut.lines > 32]}
 FEWEST, MOST = 60, 1100  # programs
 
@@ -81,7 +82,8 @@ def tiles_for(kind: str, matrix: Matrix, rows: int) -> list[Tile]:
     if rows == 1:
         return list(TILES[kind])
     return [cut for cut in CUTS[kind] if not (matrix.swiglu and cut.parts > 1) and matrix.columns // cut.parts >= 512
-            and FEWEST <= cut.parts * matrix.rows / lines_of(cut) <= MOST]
+            and FEWEST <= cut.parts * matrix.rows / lines_of(cut) <= MOST
+            and not (isinstance(cut, few.Cut) and few.shared(cut, rows) > few.room(torch.device("cuda")))]
 
 
 def lines_of(cut: Tile) -> int:
@@ -148,7 +150,7 @@ def made_by() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="*", choices=list(TILES), default=list(TILES))
-    parser.add_argument("--rows", nargs="*", type=int, default=[1], help="of x, up to 32")
+    parser.add_argument("--rows", nargs="*", type=int, default=[1], help="of x, up to 128")
     parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")
     args = parser.parse_args()
     if not torch.cuda.is_available():

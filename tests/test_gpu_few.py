@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 # of ‖found - expected‖ / ‖expected‖; the interpreter multiplies matrices of bfloat16 as if they were integers
 TOLERANCE = {torch.float16: 2e-3} | ({torch.bfloat16: 1e-2} if GPU else {})
-CUTS = [(1, 3), (1, 5), (2, 5), (3, 3)]
+CUTS = [(1, 3), (1, 5), (2, 5), (3, 3), (2, 4, 64)]
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Any:
         for module in (few, norm, push):
             monkeypatch.setattr(module, "launches_early", lambda device: False)
         monkeypatch.setattr(few, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(few, "room", lambda device: 227 << 10)
     return few
 
 
@@ -37,9 +38,10 @@ def made(rows: int, lines: int, columns: int, dtype: torch.dtype) -> tuple[Tenso
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
-@pytest.mark.parametrize(("rows", "lines", "columns"), [(2, 64, 384), (8, 192, 640), (17, 128, 896), (32, 64, 1408)])
-def test_products_and_their_parts(rows: int, lines: int, columns: int, cut: tuple[int, int], dtype: torch.dtype,
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut)))
+@pytest.mark.parametrize(("rows", "lines", "columns"), [(2, 64, 384), (8, 192, 640), (17, 128, 896), (32, 64, 1408),
+                                                       (50, 128, 640), (96, 64, 384)])
+def test_products_and_their_parts(rows: int, lines: int, columns: int, cut: tuple[int, ...], dtype: torch.dtype,
                                   few: Any) -> None:
     x, weight = made(rows, lines, columns, dtype)
     found = few.few(x.to(DEVICE), weight.to(DEVICE), few.Cut(*cut))
@@ -51,7 +53,7 @@ def test_products_and_their_parts(rows: int, lines: int, columns: int, cut: tupl
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("rows", [2, 16, 31])
+@pytest.mark.parametrize("rows", [2, 16, 31, 64])
 def test_both_halves_at_once(rows: int, dtype: torch.dtype, few: Any) -> None:
     x, weight = made(rows, 192, 512, dtype)
     product = x.double() @ weight.double().T
@@ -104,25 +106,28 @@ def test_parts_are_summed_before_they_are_sent(rank: int, ranks: int, few: Any) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "lines", "columns", "divisible", "cut"), [
-    (8, 12288, 4096, False, (1, 4)), (32, 6144, 4096, False, (1, 5)),  # Llama-2-7B's, of one rank and of two
-    (2, 22016, 4096, False, (1, 3)), (4, 11008, 4096, False, (1, 4)),
-    (8, 4096, 11008, True, (2, 5)), (8, 4096, 5504, True, (2, 5)), (8, 4096, 4096, True, (2, 5)),
-    (8, 4096, 2048, True, (2, 5)), (8, 4096, 4096, False, None), (8, 4096, 1024, True, None),  # too few, too short
-    (1, 12288, 4096, False, None), (33, 12288, 4096, False, None), (8, 32000, 4096, False, None),
+    (8, 12288, 4096, False, (1, 4, 128)), (32, 6144, 4096, False, (1, 5, 128)),  # Llama-2-7B's, of a rank and of two
+    (2, 22016, 4096, False, (1, 3, 128)), (4, 11008, 4096, False, (1, 4, 128)),
+    (8, 4096, 11008, True, (2, 5, 128)), (8, 4096, 5504, True, (2, 5, 128)), (8, 4096, 4096, True, (2, 5, 128)),
+    (8, 4096, 2048, True, (2, 5, 128)), (8, 4096, 4096, False, None), (8, 4096, 1024, True, None),  # too few, too short
+    (8, 28672, 4096, False, (1, 4, 128)), (33, 32000, 4096, False, (1, 3, 128)), (33, 22016, 4096, False, (1, 4, 64)),
+    (64, 12288, 4096, False, (1, 3, 128)), (64, 6144, 4096, False, (1, 5, 128)), (65, 4096, 4096, True, (2, 8, 64)),
+    (129, 4096, 4096, True, None), (1, 12288, 4096, False, None), (65, 12288, 4096, False, None),
     (8, 12288, 4000, False, None), (8, 12280, 4096, False, None)])
 def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, divisible: bool,
-                                        cut: tuple[int, int] | None, few: Any,
+                                        cut: tuple[int, int, int] | None, few: Any,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(few, "room", lambda device: 227 << 10)
 
     def empty(height: int) -> Tensor:
         return torch.empty(height, columns, dtype=torch.bfloat16, device="meta")
 
     assert few.cut_for(empty(rows), empty(lines), divisible) == cut
     assert few.cut_for(empty(rows).float(), empty(lines).float(), divisible) is None
-    monkeypatch.setattr(few, "multiprocessors", lambda device: 0)
+    monkeypatch.setattr(few, "room", lambda device: 48 << 10)
     assert few.cut_for(empty(rows), empty(lines), divisible) is None
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 40)
+    run_interpreted(__file__, 61)

@@ -1,4 +1,4 @@
-"""Two to 32 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
+"""Two to 128 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
 
 Unlike in `gemv.py` no kernel lets the next begin while it still works: programs would take the first room that they
 find, so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
@@ -6,6 +6,7 @@ find, so that some multiprocessors had four of them, others one. Other products 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -20,18 +21,24 @@ from tpllm.engine.torch.kernels.few_quantized import _swiglu_of_pairs
 from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
-MOST_ROWS = 32
-LINES, COLUMNS = 64, 128  # of the matrix in a program's tile
-SHARED = 120 << 10  # bytes of shared memory that a program takes at most
+LINES = 64  # of the matrix in a program's tile
 FEWEST = 0.6  # of a GPU's multiprocessors have a program, or the product is cuBLAS's
 PARTS, SHORTEST = 2, 1024  # of a sum whose programs were fewer, so many columns long at least
 
 
 class Cut(NamedTuple):
-    """How many programs share the columns of the same lines, and how many tiles each asks for ahead."""
+    """How many programs share the columns of the same lines, how many tiles each asks for ahead, and their columns."""
 
     parts: int
     stages: int
+    columns: int = 128
+
+
+# Of up to so many rows: the cut for programs that are one to a multiprocessor at most, two, three, and for more. Where
+# not all have room at once, none is to be left over: up to 32 rows there is room for three at a time that ask for
+# three tiles, or two that ask for four. As measured on an H200; nothing stands where cuBLAS is as fast.
+CUTS = {32: (Cut(1, 5), Cut(1, 4), Cut(1, 3), Cut(1, 4)), 64: (Cut(1, 5), Cut(1, 3), Cut(1, 4, 64), Cut(1, 3))}
+CUTS_IN_PARTS = {64: Cut(PARTS, 5), 128: Cut(PARTS, 8, 64)}
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -78,22 +85,41 @@ def _swiglu(x, out, M, N, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.co
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; none where a program of this kernel has no room in one."""
-    properties = torch.cuda.get_device_properties(device)
-    room: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stubs lack it
-    return properties.multi_processor_count if room >= SHARED else 0
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return found  # PyTorch's stubs lack it
 
 
 def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> Cut | None:
     """How the product of `x [M, K]` and `weight [N, K]` is cut, if this kernel is for it; with `divisible` in parts."""
-    (rows, columns), programs = x.shape, weight.shape[0] // LINES
-    if not 2 <= rows <= MOST_ROWS or x.dtype == torch.float32 or columns % COLUMNS or weight.shape[0] % LINES:
+    (rows, columns), lines = x.shape, weight.shape[0]
+    if rows < 2 or x.dtype == torch.float32 or columns % 128 or lines % LINES:
         return None
-    full = multiprocessors(x.device)
-    parts = PARTS if divisible and programs < FEWEST * full and columns // PARTS >= SHORTEST else 1
-    programs *= parts
-    stages = 5 if programs <= full else 4 if programs <= 1.5 * full else 3  # many need not ask for much each
-    return Cut(parts, stages) if FEWEST * full <= programs <= 3 * full else None
+    each = lines / LINES / multiprocessors(x.device)  # programs of a multiprocessor
+    cut = None
+    if divisible and each < FEWEST and columns // PARTS >= SHORTEST:
+        each *= PARTS
+        cut = next((cut for most, cut in CUTS_IN_PARTS.items() if rows <= most), None)
+    elif cuts := next((cuts for most, cuts in CUTS.items() if rows <= most), None):
+        cut = cuts[min(math.ceil(each), len(cuts)) - 1]
+    return cut if cut and each >= FEWEST and shared(cut, rows) <= room(x.device) else None
+
+
+def shared(cut: Cut, rows: int) -> int:
+    """Bytes of shared memory that a program takes: its tiles of 16-bit floats."""
+    return cut.stages * cut.columns * (LINES + tile_rows(rows)) * 2
+
+
+def tile_rows(rows: int) -> int:
+    """As tensor cores take them: a power of two, 16 at least."""
+    power: int = triton.next_power_of_2(rows)
+    return max(16, power)
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:
@@ -102,8 +128,8 @@ def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -
     shape, dtype = ((rows, size), x.dtype) if cut.parts == 1 else ((cut.parts, rows, size), torch.float32)
     out, early = torch.empty(shape, dtype=dtype, device=x.device), launches_early(x.device)
     _few[(weight.shape[0] // LINES, cut.parts)](
-        x.contiguous(), weight, out, rows, size, K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES, COLUMNS=COLUMNS,
-        ROWS=max(16, triton.next_power_of_2(rows)), PARTS=cut.parts, STAGES=cut.stages, num_warps=4, launch_pdl=early)
+        x.contiguous(), weight, out, rows, size, K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES,
+        COLUMNS=cut.columns, ROWS=tile_rows(rows), PARTS=cut.parts, STAGES=cut.stages, num_warps=4, launch_pdl=early)
     return out
 
 
