@@ -79,7 +79,7 @@ def make_layer(kind: str, tp_size: int) -> Layer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="*", choices=["bf16", "int8", "int4"], default=["bf16", "int8", "int4"])
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32], help="sequences, up to 32")
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32], help="sequences")
     parser.add_argument("--tp-sizes", nargs="*", type=int, choices=[1, 2], default=[1, 2])
     parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpllm.distributed import World
-from tpllm.engine.torch.exchange import Exchanged, Parts, Reduced, Split, in_parts
+from tpllm.engine.torch.exchange import Exchanged, Parts, Reduced, Split, in_parts, ranks_ahead
 from tpllm.engine.torch.graphs import end_graphs, graph_seconds
 from tpllm.engine.torch.private import symmetric_memory, two_shot_all_reduce
 from tpllm.errors import PreflightError, RankError
@@ -152,8 +152,8 @@ class Communicator:
 
         rows = push_rows(self.width, self.dtype)
         places, peers = symmetric_memory((SETS, self.world.size, rows, self.width), self.dtype, self.device)
-        ahead = [(self.world.rank + i) % self.world.size for i in range(1, self.world.size)]
-        self._buffers = make_buffers((places, *(peers.buffer(rank, places) for rank in ahead)), self.world.rank)
+        theirs = [peers.buffer(rank, places) for rank in ranks_ahead(self.world.rank, self.world.size)]
+        self._buffers = make_buffers((places, *theirs), self.world.rank)
         self._large, _ = symmetric_memory((ROW_COUNTS[-1], self.width), self.dtype, self.device)
         if in_parts(self._most) and forced_path() != "nccl":
             self._exchanged = Exchanged(self.world.rank, self.world.size, self._most, self.width, self.dtype,

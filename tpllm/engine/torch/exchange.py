@@ -18,6 +18,11 @@ PART_ROWS = 2048  # of a part, at least
 MAX_PARTS = 8  # each has signals of its own, for which peers' memory has little room
 
 
+def ranks_ahead(rank: int, ranks: int) -> list[int]:
+    """The other ranks, the next one first."""
+    return [(rank + i) % ranks for i in range(1, ranks)]
+
+
 def in_parts(rows: int) -> bool:
     """Whether a product of so many rows is summed part by part."""
     return rows >= 2 * PART_ROWS
@@ -87,7 +92,7 @@ class Exchanged:
         self.rank, self.ranks, self.rows = rank, ranks, rows
         # The others' addends, their norms.
         self._space, self._peers = symmetric_memory((2, self.room(rows, ranks), width), dtype, device)
-        self._others = [(rank + i) % ranks for i in range(1, ranks)]
+        self._others = ranks_ahead(rank, ranks)
         self._theirs = {other: self._peers.buffer(other, self._space) for other in self._others}
         self._sending, self._summing, self._gathering = (torch.cuda.Stream(device, priority) for priority in (0, -1, 0))
 
