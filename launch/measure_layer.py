@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Kernels of one layer of decode on this machine's GPU, behind each other as an engine launches them.
 
-Products with what is done before and after them, and attention, of Llama-2-7B over one rank or one of two (whose sums
-over the ranks are left out), in a CUDA graph over so many layers that no weights are read from a cache. Beside
-`sweep_products.py` it shows what kernels cost each other. Run it with a Python that has PyTorch for CUDA:
+Products with what is done before and after them, and attention, of one rank (whose sums with the others are left out),
+in a CUDA graph over so many layers that no weights are read from a cache. Beside `sweep_products.py` it shows what
+kernels cost each other. Run it with a Python that has PyTorch for CUDA:
 
     PYTHONPATH=. python3 launch/measure_layer.py --output-file build/layers.jsonl
 """
@@ -16,32 +16,34 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from sweep_products import BYTES, MATRICES, made_by, make, microseconds
+from sweep_products import BYTES, made_by, make, matrices_of, microseconds
 
+from tpllm.bench import SHAPES, named_config
 from tpllm.engine.torch.kernels import few, gemv, gemv_quantized
 from tpllm.engine.torch.kernels.decode import decode_attention
 from tpllm.records import append_record
 
-HIDDEN, SIZE, EPSILON = 4096, 128, 1e-5
-PRODUCTS = ("qkv", "dense", "fc, gate", "proj")
+EPSILON = 1e-5
 Layer = dict[str, tuple[torch.Tensor, torch.Tensor | None]]  # weights and, if they are quantized, scales
 
 
 class Step:
     """One new token of each of some sequences, `length` long with it."""
 
-    def __init__(self, rows: int, tp_size: int, length: int) -> None:
-        self.heads = HIDDEN // SIZE // tp_size
-        self.x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        self.norm = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
-        self.keys, self.values = (torch.randn(rows * length, self.heads, SIZE, device="cuda", dtype=torch.bfloat16)
-                                  for _ in range(2))
+    def __init__(self, model: str, rows: int, tp_size: int, length: int) -> None:
+        config = named_config(model, "bfloat16")
+        local, hidden, self.size = config.local(tp_size), config.hidden_size, config.head_size
+        self.heads = [local.num_heads, local.num_kv_heads, local.num_kv_heads]
+        self.x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+        self.norm = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+        self.keys, self.values = (torch.randn(rows * length, heads, self.size, device="cuda", dtype=torch.bfloat16)
+                                  for heads in self.heads[1:])
         self.length = torch.full((rows,), length, device="cuda", dtype=torch.int32)
         self.start = torch.arange(rows, device="cuda", dtype=torch.int32) * length
-        self.angles = torch.randn(rows, SIZE // 2, device="cuda")
+        self.angles = torch.randn(rows, self.size // 2, device="cuda")
 
     def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = qkv.view(len(qkv), 3, self.heads, SIZE).unbind(1)
+        q, k, v = qkv.view(len(qkv), sum(self.heads), self.size).split(self.heads, 1)
         return decode_attention(q, k, v, self.angles, self.angles, self.keys, self.values, self.start,
                                 self.length).view(len(qkv), -1)
 
@@ -70,34 +72,34 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, 
     return gemv_quantized.gemv(x, weight, scale, norm, EPSILON, residual, swiglu)
 
 
-def make_layer(kind: str, tp_size: int) -> Layer:
-    matrices = {name: MATRICES[f"7B {'' if tp_size == 1 else 'tp 2 '}{name}"] for name in PRODUCTS}
-    made = {name: make(kind, matrix) for name, matrix in matrices.items()}
+def make_layer(kind: str, model: str, tp_size: int) -> Layer:
+    made = {name: make(kind, matrix) for name, matrix in matrices_of(model, tp_size).items()}
     return {name: (weights[0], weights[1] if len(weights) > 1 else None) for name, weights in made.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="llama-2-7b")
     parser.add_argument("--weights", nargs="*", choices=["bf16", "int8", "int4"], default=["bf16", "int8", "int4"])
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32], help="sequences")
-    parser.add_argument("--tp-sizes", nargs="*", type=int, choices=[1, 2], default=[1, 2])
+    parser.add_argument("--tp-sizes", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     for kind, tp_size in product(args.weights, args.tp_sizes):
-        layers = [make_layer(kind, tp_size)]
+        layers = [make_layer(kind, args.model, tp_size)]
         size = sum(t.nbytes for weights in layers[0].values() for t in weights if t is not None)
-        layers += [make_layer(kind, tp_size) for _ in range(4 * BYTES // size)]
+        layers += [make_layer(kind, args.model, tp_size) for _ in range(4 * BYTES // size)]
         for rows in args.rows:
-            step = Step(rows, tp_size, args.length)
+            step = Step(args.model, rows, tp_size, args.length)
             us = microseconds(partial(step.one if rows == 1 else step.several, layers), len(layers))
             print(f"{kind} tp {tp_size}, {rows} row(s): {us:.1f} us a layer, {size / us / 1e6:.2f} TB/s", flush=True)
             if args.output_file:
                 append_record(args.output_file, {
-                    "kind": "layer", "weights": kind, "tp_size": tp_size, "x_rows": rows, "length": args.length,
-                    "bytes": size, "us": round(us, 2), **made_by()})
+                    "kind": "layer", "model": args.model, "weights": kind, "tp_size": tp_size, "x_rows": rows,
+                    "length": args.length, "bytes": size, "us": round(us, 2), **made_by()})
 
 
 if __name__ == "__main__":

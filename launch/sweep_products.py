@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tpllm.bench import commit
+from tpllm.bench import SHAPES, commit, named_config
 from tpllm.engine.torch.graphs import graph_seconds
 from tpllm.engine.torch.kernels import few, few_quantized, gemv, gemv_quantized, int4
 from tpllm.records import append_record
@@ -54,15 +54,18 @@ class Matrix(NamedTuple):
         return 2 * self.size if self.swiglu else self.size
 
 
-MATRICES = {
-    "7B qkv": Matrix(12288, 4096, True), "7B dense": Matrix(4096, 4096, False),
-    "7B fc, gate": Matrix(11008, 4096, True, swiglu=True), "7B proj": Matrix(4096, 11008, False),
-    "7B tp 2 qkv": Matrix(6144, 4096, True), "7B tp 2 dense": Matrix(4096, 2048, False),
-    "7B tp 2 fc, gate": Matrix(5504, 4096, True, swiglu=True), "7B tp 2 proj": Matrix(4096, 5504, False),
-    "8B fc, gate": Matrix(14336, 4096, True, swiglu=True), "8B proj": Matrix(4096, 14336, False),
-}
 Weights = tuple[torch.Tensor, ...]
 Tile = tuple[int, int] | few.Cut | few_quantized.Cut
+
+
+def matrices_of(model: str, tp_size: int) -> dict[str, Matrix]:
+    """One rank's of a layer of a published shape, by their names in checkpoints."""
+    config = named_config(model, "bfloat16")
+    local, hidden, size = config.local(tp_size), config.hidden_size, config.head_size
+    return {"qkv": Matrix((local.num_heads + 2 * local.num_kv_heads) * size, hidden, True),
+            "dense": Matrix(hidden, local.num_heads * size, False),
+            "fc, gate": Matrix(local.intermediate_size, hidden, True, swiglu=True),
+            "proj": Matrix(hidden, local.intermediate_size, False)}
 
 
 def make(kind: str, matrix: Matrix) -> Weights:
@@ -83,7 +86,8 @@ def tiles_for(kind: str, matrix: Matrix, rows: int) -> list[Tile]:
         return list(TILES[kind])
     return [cut for cut in CUTS[kind] if not (matrix.swiglu and cut.parts > 1) and matrix.columns // cut.parts >= 512
             and FEWEST <= cut.parts * matrix.rows / lines_of(cut) <= MOST
-            and not (isinstance(cut, few.Cut) and few.shared(cut, rows) > few.room(torch.device("cuda")))]
+            and (not isinstance(cut, few.Cut) or (few.shared(cut, rows) <= few.room(torch.device("cuda"))
+                                                  and matrix.columns % cut.columns == matrix.rows % few.LINES == 0))]
 
 
 def lines_of(cut: Tile) -> int:
@@ -114,10 +118,10 @@ def products(kind: str, matrix: Matrix, rows: int, tile: Tile, weights: list[Wei
     return run
 
 
-def compile_cases(cases: list[tuple[str, str, int, Tile]]) -> None:
+def compile_cases(cases: list[tuple[str, Matrix, int, Tile]]) -> None:
     """Into Triton's cache, from where the process that measures takes them."""
-    for kind, name, rows, tile in cases:
-        products(kind, MATRICES[name], rows, tile, [make(kind, MATRICES[name])])()
+    for kind, matrix, rows, tile in cases:
+        products(kind, matrix, rows, tile, [make(kind, matrix)])()
     torch.cuda.synchronize()
 
 
@@ -134,8 +138,7 @@ def words(tile: Tile) -> str:
     return ", ".join(f"{value} {name}" for name, value in named.items())
 
 
-def record_of(kind: str, name: str, rows: int, size: int, took: dict[Tile, float]) -> dict[str, Any]:
-    matrix = MATRICES[name]
+def record_of(kind: str, name: str, matrix: Matrix, rows: int, size: int, took: dict[Tile, float]) -> dict[str, Any]:
     return {"kind": "products", "weights": kind, "matrix": name, "rows": matrix.rows, "columns": matrix.columns,
             "x_rows": rows, "bytes": size, "us": {words(tile): round(us, 2) for tile, us in took.items()},
             **made_by()}
@@ -149,18 +152,22 @@ def made_by() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=["llama-2-7b"])
+    parser.add_argument("--tp-sizes", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--weights", nargs="*", choices=list(TILES), default=list(TILES))
     parser.add_argument("--rows", nargs="*", type=int, default=[1], help="of x, up to 128")
     parser.add_argument("--output-file", type=Path, metavar="FILE.jsonl", help="where records are added")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    cases = [(kind, name, rows, tile) for kind in args.weights for name, matrix in MATRICES.items()
-             for rows in args.rows for tile in tiles_for(kind, matrix, rows)]
+    matrices = {f"{model} tp {tp_size} {name}": matrix for model, tp_size in product(args.models, args.tp_sizes)
+                for name, matrix in matrices_of(model, tp_size).items()}
+    cases = [(kind, matrix, rows, tile) for kind, matrix, rows in product(args.weights, matrices.values(), args.rows)
+             for tile in tiles_for(kind, matrix, rows)]
     workers = min(12, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_cases, [cases[i::workers] for i in range(workers)]))
-    for kind, (name, matrix), rows in product(args.weights, MATRICES.items(), args.rows):
+    for kind, (name, matrix), rows in product(args.weights, matrices.items(), args.rows):
         size = sum(t.nbytes for t in make(kind, matrix))
         weights = [make(kind, matrix) for _ in range(max(4, BYTES // size))]
         took = {tile: microseconds(products(kind, matrix, rows, tile, weights), len(weights))
@@ -169,7 +176,7 @@ def main() -> None:
         print(f"{kind} {name}, {rows} row(s): " + ", ".join(f"{tuple(t)} {took[t]:.1f} us" for t in best[:5]) +
               f"; {size / took[best[0]] / 1e6:.2f} TB/s", flush=True)
         if args.output_file:
-            append_record(args.output_file, record_of(kind, name, rows, size, took))
+            append_record(args.output_file, record_of(kind, name, matrix, rows, size, took))
 
 
 if __name__ == "__main__":

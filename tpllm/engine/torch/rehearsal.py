@@ -75,6 +75,7 @@ class Alone(communicator.Communicator):
 
         self.world, self.device, self.width, self.dtype, self._way = World(), device, width, dtype, way
         self.world.rank, self.world.size = rank, ranks
+        self._exchanged, self._most = None, 0
         rows = communicator.push_rows(width, dtype)
         places = torch.empty((SETS, ranks, rows, width), dtype=dtype, device=device)
         self._buffers = make_buffers((places,) * ranks, rank)
