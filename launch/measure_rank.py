@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,18 +26,17 @@ from tpllm.engine.torch import base, rehearsal
 from tpllm.errors import TpllmError
 from tpllm.runner import ModelRunner
 
+said_by_bench = bench.circumstances
+
 
 def stand_in(config: EngineConfig, device: torch.device, world: World) -> rehearsal.Alone:
     """In place of the ranks' GPUs."""
-    return rehearsal.Alone(0, world.size, device, config.model.hidden_size, getattr(torch, config.model.dtype), "push")
+    return rehearsal.first_alone(config, device, "push")
 
 
 def circumstances(runner: ModelRunner, model: str, weights: str) -> dict[str, Any]:
-    command = shlex.join([f"launch/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return said(runner, model, weights) | {"alone": True, "command": command}
-
-
-said = bench.circumstances
+    command = shlex.join(["launch/measure_rank.py", *sys.argv[1:]])
+    return said_by_bench(runner, model, weights) | {"alone": True, "command": command}
 
 
 def main() -> int:

@@ -86,8 +86,13 @@ def tiles_for(kind: str, matrix: Matrix, rows: int) -> list[Tile]:
         return list(TILES[kind])
     return [cut for cut in CUTS[kind] if not (matrix.swiglu and cut.parts > 1) and matrix.columns // cut.parts >= 512
             and FEWEST <= cut.parts * matrix.rows / lines_of(cut) <= MOST
-            and (not isinstance(cut, few.Cut) or (few.shared(cut, rows) <= few.room(torch.device("cuda"))
-                                                  and matrix.columns % cut.columns == matrix.rows % few.LINES == 0))]
+            and (not isinstance(cut, few.Cut) or fits(cut, matrix, rows))]
+
+
+def fits(cut: few.Cut, matrix: Matrix, rows: int) -> bool:
+    """Whether its tiles cover the matrix and have room."""
+    whole = matrix.columns % cut.columns == matrix.rows % few.LINES == 0
+    return whole and few.shared(cut, rows) <= few.room(torch.device("cuda"))
 
 
 def lines_of(cut: Tile) -> int:

@@ -53,9 +53,14 @@ def rehearse(config: EngineConfig, model_file: Path | None, device: torch.device
 
 def stand_in(config: EngineConfig, device: torch.device, way: str) -> None:
     """Let operators take this process for the first rank."""
-    alone = Alone(0, config.tp_size, device, config.model.hidden_size, getattr(torch, config.model.dtype), way)
+    alone = first_alone(config, device, way)
     alone.sum_all()
     collectives.bind(World(), alone)
+
+
+def first_alone(config: EngineConfig, device: torch.device, way: str) -> Alone:
+    """The first rank of an engine, alone."""
+    return Alone(0, config.tp_size, device, config.model.hidden_size, getattr(torch, config.model.dtype), way)
 
 
 def prompt_beside_a_token() -> StepInput:
