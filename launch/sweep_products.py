@@ -2,6 +2,7 @@
 """Products of one row or a few on this machine's GPU: tiles of a program, for the matrices of published shapes.
 
 The `TILES` in `tpllm/engine/torch/kernels`, and what `cut_for` gives there, are the fastest of these, or close to it.
+Tiles of one row in bfloat16 are chosen among a layer's other kernels (`measure_layer.py --tiles`).
 Each is timed in a CUDA graph over so many matrices of its shape that none is read from a cache. Run it with a Python
 that has PyTorch for CUDA:
 
@@ -112,15 +113,24 @@ def products(kind: str, matrix: Matrix, rows: int, tile: Tile, weights: list[Wei
         return run_few
     norm = torch.ones(matrix.columns, device="cuda", dtype=torch.bfloat16) if matrix.norm else None
     module = gemv if kind == "bf16" else gemv_quantized
-    tiles = int4 if kind == "int4" else module
     rest = (norm, 1e-5, None if matrix.norm else residual, matrix.swiglu)
 
     def run() -> None:
-        tiles.TILES = {1 << 31: tile}  # type: ignore[attr-defined]
+        use_tile(kind, tile)
         for each in weights:
             module.gemv(x, *each, *rest)
 
     return run
+
+
+def use_tile(kind: str, tile: Tile) -> None:
+    """For all products of one row from now on."""
+    if kind == "bf16":
+        gemv.tile_for = lambda lines, columns, swiglu: gemv.Tile(tile[0] // (1 + swiglu), tile[1])
+    elif kind == "int4":
+        int4.TILES = {1 << 31: tile}  # type: ignore[dict-item]
+    else:
+        gemv_quantized.TILES = {1 << 31: tile}  # type: ignore[dict-item]
 
 
 def compile_cases(cases: list[tuple[str, Matrix, int, Tile]]) -> None:

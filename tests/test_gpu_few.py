@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 # of ‖found - expected‖ / ‖expected‖; the interpreter multiplies matrices of bfloat16 as if they were integers
 TOLERANCE = {torch.float16: 2e-3} | ({torch.bfloat16: 1e-2} if GPU else {})
 SHAPES = [(2, 64, 384), (8, 192, 640), (17, 128, 896), (32, 64, 1408), (50, 128, 640)]  # rows, lines, columns
-CUTS = [(1, 3), (1, 5), (2, 5), (3, 3), (2, 4, 64)]
+CUTS = [(1, 3), (1, 5), (2, 5), (3, 3), (2, 4, 64), (2, 8, 64)]
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def made(rows: int, lines: int, columns: int, dtype: torch.dtype) -> tuple[Tenso
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("shape", "cut"), [*product(SHAPES, CUTS), ((96, 64, 384), (2, 8, 64))])
+@pytest.mark.parametrize(("shape", "cut"), [
+    *product(SHAPES, CUTS), ((96, 64, 384), (2, 8, 64)), ((8, 64, 704), (2, 8, 64))])
 def test_products_and_their_parts(shape: tuple[int, int, int], cut: tuple[int, ...], dtype: torch.dtype,
                                   few: Any) -> None:
     rows, lines, columns = shape
@@ -110,10 +111,13 @@ def test_parts_are_summed_before_they_are_sent(rank: int, ranks: int, few: Any) 
     (8, 12288, 4096, False, (1, 4, 128)), (32, 6144, 4096, False, (1, 5, 128)),  # Llama-2-7B's, of a rank and of two
     (2, 22016, 4096, False, (1, 3, 128)), (4, 11008, 4096, False, (1, 4, 128)),
     (8, 4096, 11008, True, (2, 5, 128)), (8, 4096, 5504, True, (2, 5, 128)), (8, 4096, 4096, True, (2, 5, 128)),
-    (8, 4096, 2048, True, (2, 5, 128)), (8, 4096, 4096, False, None), (8, 4096, 1024, True, None),  # too few, too short
+    (8, 4096, 2048, True, (2, 5, 128)), (8, 4096, 1024, True, (2, 5, 128)), (33, 4096, 512, True, None),  # too short
+    (8, 4096, 512, True, (1, 5, 128)),
+    (8, 4096, 2752, True, (2, 8, 64)), (64, 4096, 2752, True, (2, 8, 64)), (65, 4096, 2752, True, (2, 8, 64)),
+    (32, 3072, 4096, False, (1, 5, 128)), (33, 3072, 4096, False, None), (8, 2560, 8192, False, None),  # too few
     (8, 28672, 4096, False, (1, 4, 128)), (33, 32000, 4096, False, (1, 3, 128)), (33, 22016, 4096, False, (1, 4, 64)),
     (64, 12288, 4096, False, (1, 3, 128)), (64, 6144, 4096, False, (1, 5, 128)), (65, 4096, 4096, True, (2, 8, 64)),
-    (129, 4096, 4096, True, None), (1, 12288, 4096, False, None), (65, 12288, 4096, False, None),
+    (97, 4096, 4096, True, None), (1, 12288, 4096, False, None), (65, 12288, 4096, False, None),
     (8, 12288, 4000, False, None), (8, 12280, 4096, False, None)])
 def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, divisible: bool,
                                         cut: tuple[int, int, int] | None, few: Any,
@@ -131,4 +135,4 @@ def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, div
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 57)
+    run_interpreted(__file__, 70)

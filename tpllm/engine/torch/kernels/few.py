@@ -1,4 +1,4 @@
-"""Two to 128 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
+"""Two to 96 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
 
 Unlike in `gemv.py` no kernel lets the next begin while it still works: programs would take the first room that they
 find, so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
@@ -22,8 +22,9 @@ from tpllm.engine.torch.kernels.gemv import launches_early
 from tpllm.engine.torch.kernels.norm import Shares, add_norm
 
 LINES = 64  # of the matrix in a program's tile
-FEWEST = 0.6  # of a GPU's multiprocessors have a program, or the product is cuBLAS's
-PARTS, SHORTEST = 2, 1024  # of a sum whose programs were fewer, so many columns long at least
+# Of a GPU's multiprocessors have a program, or the product is cuBLAS's; of short sums of up to 32 rows fewer have.
+FEWEST, FEWEST_OF_SHORT, SHORT = 0.6, 0.35, 4096
+PARTS, SHORTEST = 2, 512  # of a sum whose programs were fewer, so many columns long at least
 
 
 class Cut(NamedTuple):
@@ -38,7 +39,7 @@ class Cut(NamedTuple):
 # not all have room at once, none is to be left over: up to 32 rows there is room for three at a time that ask for
 # three tiles, or two that ask for four. As measured on an H200; nothing stands where cuBLAS is as fast.
 CUTS = {32: (Cut(1, 5), Cut(1, 4), Cut(1, 3), Cut(1, 4)), 64: (Cut(1, 5), Cut(1, 3), Cut(1, 4, 64), Cut(1, 3))}
-CUTS_IN_PARTS = {64: Cut(PARTS, 5), 128: Cut(PARTS, 8, 64)}
+CUTS_IN_PARTS = {64: Cut(PARTS, 5), 96: Cut(PARTS, 8, 64)}
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,16 +100,18 @@ def room(device: torch.device) -> int:
 def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> Cut | None:
     """How the product of `x [M, K]` and `weight [N, K]` is cut, if this kernel is for it; with `divisible` in parts."""
     (rows, columns), lines = x.shape, weight.shape[0]
-    if rows < 2 or x.dtype == torch.float32 or columns % 128 or lines % LINES:
+    if rows < 2 or x.dtype == torch.float32 or columns % 64 or lines % LINES:
         return None
     each = lines / LINES / multiprocessors(x.device)  # programs of a multiprocessor
-    cut = None
+    fewest, cut = FEWEST_OF_SHORT if rows <= 32 and columns <= SHORT else FEWEST, None
     if divisible and each < FEWEST and columns // PARTS >= SHORTEST:
         each *= PARTS
         cut = next((cut for most, cut in CUTS_IN_PARTS.items() if rows <= most), None)
     elif cuts := next((cuts for most, cuts in CUTS.items() if rows <= most), None):
         cut = cuts[min(math.ceil(each), len(cuts)) - 1]
-    return cut if cut and each >= FEWEST and shared(cut, rows) <= room(x.device) else None
+    if cut and columns % cut.columns:
+        cut = cut._replace(stages=min(8, 2 * cut.stages), columns=64)
+    return cut if cut and each >= fewest and shared(cut, rows) <= room(x.device) else None
 
 
 def shared(cut: Cut, rows: int) -> int:

@@ -17,8 +17,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpllm.engine.torch.kernels.peers import Buffers, send
 
 NUMBERS = 8  # of each row in a program's tile, for each of its threads
-# By how many rows the matrix has, at most: those of a program and its warps.
-TILES = {4096: (8, 8), 8192: (4, 4), 1 << 31: (4, 8)}
 # Rows of which products have weights in registers before the kernel in front has ended: one here, two in int4.py.
 LOADS_EARLY = 2
 
@@ -121,15 +119,27 @@ def launches_early(device: torch.device) -> bool:
 
 
 def tile_of(tiles: dict[int, tuple[int, int]], size: int, swiglu: bool) -> Tile:
-    """What is fastest for so many results on an H200 (`launch/sweep_products.py`), of one of the kernels' `TILES`."""
+    """What is fastest for so many results on an H200 (`launch/sweep_products.py`), of a quantized kernel's `TILES`."""
     rows, warps = next(tile for most, tile in tiles.items() if size * (1 + swiglu) <= most)
+    return Tile(rows // (1 + swiglu), warps)
+
+
+def tile_for(lines: int, columns: int, swiglu: bool) -> Tile:
+    """Of a matrix: what is fastest among a layer's kernels on an H200 (`launch/measure_layer.py --tiles`)."""
+    if swiglu or lines > 8192:
+        rows, warps = 4 if columns < 8192 else 2, 8
+    elif columns <= 3072:
+        rows, warps = 2 if columns <= 1024 else 4, 4
+    else:
+        rows, warps = 8 if columns % 2048 else 2, 8
     return Tile(rows // (1 + swiglu), warps)
 
 
 def tile_options(size: int, columns: int, tile: Tile) -> dict[str, Any]:
     """What `_gemv` is compiled for beside what it does."""
-    # Of short rows so many threads that each has something to load while it multiplies.
-    warps = min(tile.warps, max(1, triton.next_power_of_2(columns // (64 * NUMBERS))))
+    # Of all but the shortest rows so few threads that each has something to load while it multiplies.
+    steps = 1 if columns <= 1024 else 2
+    warps = min(tile.warps, max(1, triton.next_power_of_2(columns // (steps * 32 * NUMBERS))))
     block = 32 * warps * NUMBERS
     return {"WHOLE": size % tile.results == 0 and columns % block == 0, "BLOCK_N": tile.results, "BLOCK_K": block,
             "NUMBERS": NUMBERS, "num_warps": warps}
@@ -142,9 +152,9 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half. With `peers` it is also sent to
     their buffers, where `push_all_reduce_add_norm` must look for it next.
     """
-    size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], weight.shape[1]
+    (lines, columns), size = weight.shape, weight.shape[0] // (1 + swiglu)
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early, tile = launches_early(x.device), tile_of(TILES, size, swiglu)
+    early, tile = launches_early(x.device), tile_for(lines, columns, swiglu)
     ranks = {} if peers is None else {"RANKS": len(peers.places), "ROWS": peers.rows}
     theirs = ((out,), out) if peers is None else (peers.places, peers.rounds)
     _gemv[(triton.cdiv(size, tile.results),)](
