@@ -100,7 +100,7 @@ def tile_for_one(matrix: Matrix, tile: tuple[int, int]) -> Iterator[None]:
     def chosen(lines: int, columns: int, swiglu: bool) -> gemv.Tile:
         if (lines, columns, swiglu) != (matrix.rows, matrix.columns, matrix.swiglu):
             return own(lines, columns, swiglu)
-        return gemv.Tile(tile[0] // (1 + swiglu), tile[1])
+        return gemv.Tile.of(*tile, swiglu)
 
     gemv.tile_for = chosen
     yield

@@ -126,7 +126,7 @@ def products(kind: str, matrix: Matrix, rows: int, tile: Tile, weights: list[Wei
 def use_tile(kind: str, tile: Tile) -> None:
     """For all products of one row from now on."""
     if kind == "bf16":
-        gemv.tile_for = lambda lines, columns, swiglu: gemv.Tile(tile[0] // (1 + swiglu), tile[1])
+        gemv.tile_for = lambda lines, columns, swiglu: gemv.Tile.of(tile[0], tile[1], swiglu)
     elif kind == "int4":
         int4.TILES = {1 << 31: tile}  # type: ignore[dict-item]
     else:

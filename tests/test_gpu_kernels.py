@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), [(7, 33), (12, 1024), (6, 2752), (8, 4096)])
 def test_products_of_one_row(rows: int, columns: int, tile: tuple[int, int], dtype: torch.dtype, kernels: Any,
                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.gemv, "tile_for", lambda *args: kernels.gemv.Tile(tile[0] // (1 + args[2]), tile[1]))
+    monkeypatch.setattr(kernels.gemv, "tile_for", lambda lines, columns, swiglu: kernels.gemv.Tile.of(*tile, swiglu))
     torch.manual_seed(rows)
     x, weight, norm = (torch.randn(shape).to(dtype) for shape in ((1, columns), (2 * rows, columns), (columns,)))
     weight /= columns**0.5

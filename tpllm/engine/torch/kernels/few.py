@@ -109,7 +109,7 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> C
         cut = next((cut for most, cut in CUTS_IN_PARTS.items() if rows <= most), None)
     elif cuts := next((cuts for most, cuts in CUTS.items() if rows <= most), None):
         cut = cuts[min(math.ceil(each), len(cuts)) - 1]
-    if cut and columns % cut.columns:
+    if cut and columns % cut.columns:  # tiles half as wide, and more of them ahead
         cut = cut._replace(stages=min(8, 2 * cut.stages), columns=64)
     return cut if cut and each >= fewest and shared(cut, rows) <= room(x.device) else None
 

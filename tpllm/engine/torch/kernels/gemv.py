@@ -27,6 +27,11 @@ class Tile(NamedTuple):
     results: int
     warps: int
 
+    @classmethod
+    def of(cls, rows: int, warps: int, swiglu: bool) -> Tile:
+        """Of so many rows of the matrix."""
+        return cls(rows // (1 + swiglu), warps)
+
 
 @triton.jit
 def _places(w, columns, N, K: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -120,8 +125,7 @@ def launches_early(device: torch.device) -> bool:
 
 def tile_of(tiles: dict[int, tuple[int, int]], size: int, swiglu: bool) -> Tile:
     """What is fastest for so many results on an H200 (`launch/sweep_products.py`), of a quantized kernel's `TILES`."""
-    rows, warps = next(tile for most, tile in tiles.items() if size * (1 + swiglu) <= most)
-    return Tile(rows // (1 + swiglu), warps)
+    return Tile.of(*next(tile for most, tile in tiles.items() if size * (1 + swiglu) <= most), swiglu)
 
 
 def tile_for(lines: int, columns: int, swiglu: bool) -> Tile:
@@ -132,7 +136,7 @@ def tile_for(lines: int, columns: int, swiglu: bool) -> Tile:
         rows, warps = 2 if columns <= 1024 else 4, 4
     else:
         rows, warps = 8 if columns % 2048 else 2, 8
-    return Tile(rows // (1 + swiglu), warps)
+    return Tile.of(rows, warps, swiglu)
 
 
 def tile_options(size: int, columns: int, tile: Tile) -> dict[str, Any]:
@@ -152,7 +156,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     With `swiglu` the weight is `[2N, K]` and the result silu(first half) * second half. With `peers` it is also sent to
     their buffers, where `push_all_reduce_add_norm` must look for it next.
     """
-    (lines, columns), size = weight.shape, weight.shape[0] // (1 + swiglu)
+    lines, columns = weight.shape
+    size = lines // (1 + swiglu)
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
     early, tile = launches_early(x.device), tile_for(lines, columns, swiglu)
     ranks = {} if peers is None else {"RANKS": len(peers.places), "ROWS": peers.rows}
