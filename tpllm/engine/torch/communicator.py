@@ -80,8 +80,8 @@ class Communicator:
         the sum may be `residual` of the next call as it is. `select_rows` has whole ones. With `scale` the weight is
         quantized.
         """
-        if x.shape[0] == 1 and scale is None:
-            return self._row_all_reduce_add_norm(x, weight, residual, norm, epsilon)
+        if x.shape[0] == 1:
+            return self._row_all_reduce_add_norm(x, weight, scale, residual, norm, epsilon)
         if parts := self._parts(x.shape[0]):
             if scale is not None:
                 from tpllm.engine.torch.kernels.few_quantized import dequantized
@@ -102,13 +102,16 @@ class Communicator:
         mine = Split.of(total.shape[0], self.world.size).rank_of(rows) == self.world.rank
         return self.all_reduce(torch.where(mine[:, None], found, 0))
 
-    def _row_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
-                                 norm: torch.Tensor, epsilon: float) -> torch.Tensor:
-        from tpllm.engine.torch.kernels.gemv import gemv
+    def _row_all_reduce_add_norm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None,
+                                 residual: torch.Tensor, norm: torch.Tensor, epsilon: float) -> torch.Tensor:
+        from tpllm.engine.torch.kernels import gemv, gemv_quantized
         from tpllm.engine.torch.kernels.push import push_all_reduce_add_norm
 
+        if scale is not None:
+            product = gemv_quantized.gemv(x, weight, scale, None, epsilon, None, False)
+            return self.all_reduce_add_norm(product, residual, norm, epsilon)
         peers = self._buffers if self._name(residual) == "push" else None
-        product = gemv(x, weight, None, epsilon, None, False, peers)
+        product = gemv.gemv(x, weight, None, epsilon, None, False, peers)
         if peers is None:
             return self.all_reduce_add_norm(product, residual, norm, epsilon)
         return push_all_reduce_add_norm(product, residual, norm, epsilon, peers, sent=True)

@@ -2,20 +2,28 @@
 
 A program handles one sequence, one key/value head with all query heads that share it, and one of `SPLITS` parts
 of the sequence's cached rows; the last of them to finish merges the parts, always in the same order. Start and
-length are read on the device, so that a captured launch serves every step of its batch size. It is launched
-when the kernel before it has ended: early, it was slower (H200, 7B, one sequence: 3.9 against 3.7 ms a step).
+length are read on the device, so that a captured launch serves every step of its batch size.
+
+It begins when the product before it has its sums. Of one sequence alone it lets the next product begin at once, and
+asks for fewer tiles ahead, so for less of the memory that a multiprocessor shares between programs and cache: beside
+more, that product's loads were slower than after the end of attention.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.engine.torch.kernels.gemv import launches_early
 
 BLOCK_N = 64
 PROGRAMS, MAX_SPLITS = 128, 8  # beyond these, merging the parts costs more than it gains
+PROGRAMS_OF_ONE, MAX_SPLITS_OF_ONE = 256, 16  # sequence
 TICKETS = 1 << 16
-_tickets: dict[torch.device, torch.Tensor] = {}
 
 
 @triton.jit
@@ -33,23 +41,31 @@ def _rotate(a, b, cos, sin):
 
 
 @triton.jit
-def _merge(acc_parts, m_parts, sum_parts, out, base, part0, SIZE: tl.constexpr, SPLITS: tl.constexpr,
-           GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The output of a group of heads from the partial results of all splits."""
-    s = tl.arange(0, SPLITS)
-    h = tl.arange(0, BLOCK_H)
-    inside = (h < SIZE // 2)[None, :]
-    for g in tl.static_range(GROUP):
-        m = tl.load(m_parts + (part0 + g) * SPLITS + s, cache_modifier=".cg")
-        total = tl.load(sum_parts + (part0 + g) * SPLITS + s, cache_modifier=".cg")
-        weight = tl.exp2(m - tl.max(m, 0))
-        weight = weight / tl.sum(weight * total, 0)
-        rows = ((part0 + g) * SPLITS + s)[:, None] * SIZE + h[None, :]
-        first = tl.load(acc_parts + rows, mask=inside, other=0.0, cache_modifier=".cg")
-        second = tl.load(acc_parts + rows + SIZE // 2, mask=inside, other=0.0, cache_modifier=".cg")
-        to = out + base + g * SIZE + h
-        tl.store(to, tl.sum(first * weight[:, None], 0).to(out.dtype.element_ty), mask=h < SIZE // 2)
-        tl.store(to + SIZE // 2, tl.sum(second * weight[:, None], 0).to(out.dtype.element_ty), mask=h < SIZE // 2)
+def softmax(scores, largest, weight, scale):
+    """One more block of scores: its weights, by how much those before it fade, the largest so far and the sum."""
+    new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_largest[:, None])
+    fade = tl.exp2(largest - new_largest)
+    return p, fade[:, None], new_largest, weight * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def _merge(acc_parts, m_parts, sum_parts, out, base, part0, h, SIZE: tl.constexpr, SPLITS: tl.constexpr,
+           GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The output of a group of heads from the partial results of all splits, all heads at once: one after another,
+    each would wait for the memory."""
+    g, s = tl.arange(0, BLOCK_M), tl.arange(0, SPLITS)
+    parts, in_group, in_half = (part0 + g)[None, :] * SPLITS + s[:, None], g < GROUP, h < SIZE // 2
+    m = tl.load(m_parts + parts, mask=in_group[None, :], other=0.0, cache_modifier=".cg")
+    total = tl.load(sum_parts + parts, mask=in_group[None, :], other=1.0, cache_modifier=".cg")
+    rows, inside = parts[:, :, None] * SIZE + h[None, None, :], (in_group[:, None] & in_half[None, :])[None, :, :]
+    first = tl.load(acc_parts + rows, mask=inside, other=0.0, cache_modifier=".cg")
+    second = tl.load(acc_parts + rows + SIZE // 2, mask=inside, other=0.0, cache_modifier=".cg")
+    weight = tl.exp2(m - tl.max(m, 0)[None, :])
+    weight = (weight / tl.sum(weight * total, 0)[None, :])[:, :, None]
+    to, mask = out + base + g[:, None] * SIZE + h[None, :], in_group[:, None] & in_half[None, :]
+    tl.store(to, tl.sum(first * weight, 0).to(out.dtype.element_ty), mask=mask)
+    tl.store(to + SIZE // 2, tl.sum(second * weight, 0).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -71,8 +87,7 @@ def _new_token(q1, q2, k, v, c, s, keys, values, b, head, split, row, h, k_strid
         tl.store(keys + new + SIZE // 2, k2, mask=in_half)
         tl.store(values + new, v1, mask=in_half)
         tl.store(values + new + SIZE // 2, v2, mask=in_half)
-        m = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
-        m *= scale
+        m = tl.sum(q1.to(tl.float32) * k1.to(tl.float32) + q2.to(tl.float32) * k2.to(tl.float32), 1) * scale
         total += 1.0
         acc1 += v1.to(tl.float32)
         acc2 += v2.to(tl.float32)
@@ -82,7 +97,7 @@ def _new_token(q1, q2, k, v, c, s, keys, values, b, head, split, row, h, k_strid
 @triton.jit
 def _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b, head, split, g, h,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
-            BLOCK_H: tl.constexpr):
+            BLOCK_M: tl.constexpr):
     """Write the output, or this split's part of it; the last split merges."""
     in_group, in_half = (g < GROUP)[:, None], (h < SIZE // 2)[None, :]
     base = (b * KV_HEADS + head) * GROUP * SIZE
@@ -101,67 +116,65 @@ def _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b
         tl.debug_barrier()  # all threads have stored before one of them takes the ticket
         if tl.atomic_add(tickets + b * KV_HEADS + head, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(tickets + b * KV_HEADS + head, 0)
-            _merge(acc_parts, m_parts, sum_parts, out, base, part0, SIZE, SPLITS, GROUP, BLOCK_H)
+            _merge(acc_parts, m_parts, sum_parts, out, base, part0, h, SIZE, SPLITS, GROUP, BLOCK_M)
 
 
 @triton.jit
 def _decode(q, k, v, cos, sin, keys, values, start, length, out, acc_parts, m_parts, sum_parts, tickets,
-            q_stride, k_stride, v_stride, scale,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
-            BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+            q_stride, k_stride, v_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+            SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+            BLOCK_N: tl.constexpr, EARLY: tl.constexpr, LETS: tl.constexpr):
     head, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, h, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     in_group = (g < GROUP)[:, None]
+    if LETS:
+        gdc_launch_dependents()
     past = tl.load(length + b) - 1
     first_row = tl.load(start + b).to(tl.int64)
     c = tl.load(cos + b * (SIZE // 2) + h, mask=h < SIZE // 2, other=0.0)[None, :]
     s = tl.load(sin + b * (SIZE // 2) + h, mask=h < SIZE // 2, other=0.0)[None, :]
+    if EARLY:
+        gdc_wait()
     q_rows = b * q_stride + (head * GROUP + g)[:, None] * SIZE
     q1, q2 = _rotate(_load_half(q, q_rows, 0, h[None, :], in_group, SIZE),
                      _load_half(q, q_rows, 1, h[None, :], in_group, SIZE), c, s)
-    row_stride = KV_HEADS * SIZE
     m, total, acc1, acc2 = _new_token(q1, q2, k, v, c, s, keys, values, b, head, split, first_row + past, h,
                                       k_stride, v_stride, scale, KV_HEADS, SIZE, BLOCK_G, BLOCK_H)
     chunk = tl.cdiv(tl.cdiv(past, SPLITS), BLOCK_N) * BLOCK_N
     end = tl.minimum(past, (split + 1) * chunk)
     for at in range(split * chunk, end, BLOCK_N):
         inside = (at + n < end)[:, None]
-        rows = (first_row + at + n)[:, None] * row_stride + head * SIZE
+        rows = (first_row + at + n)[:, None] * (KV_HEADS * SIZE) + head * SIZE
         k1 = _load_half(keys, rows, 0, h[None, :], inside, SIZE)
         k2 = _load_half(keys, rows, 1, h[None, :], inside, SIZE)
         scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
+        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
         scores = tl.where((at + n < end)[None, :], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        p = tl.exp2(scores - m_new[:, None])
-        fade = tl.exp2(m - m_new)
+        p, fade, m, total = softmax(scores, m, total, scale)
         v1 = _load_half(values, rows, 0, h[None, :], inside, SIZE)
         v2 = _load_half(values, rows, 1, h[None, :], inside, SIZE)
-        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision="ieee")
-        acc2 = tl.dot(p.to(v2.dtype), v2, acc2 * fade[:, None], input_precision="ieee")
-        total = total * fade + tl.sum(p, 1)
-        m = m_new
+        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade, input_precision="ieee")
+        acc2 = tl.dot(p.to(v2.dtype), v2, acc2 * fade, input_precision="ieee")
     _finish(m, total, acc1, acc2, out, acc_parts, m_parts, sum_parts, tickets, b, head, split, g, h,
-            KV_HEADS, GROUP, SIZE, SPLITS, BLOCK_H)
+            KV_HEADS, GROUP, SIZE, SPLITS, BLOCK_M)
 
 
 def score_scale(size: int) -> float:
     """What scores of heads of this size are multiplied by, as powers of two are faster than those of e."""
-    scale: float = size ** -0.5 * 1.4426950408889634
-    return scale
+    return float(size**-0.5 * 1.4426950408889634)
 
 
-def splits_for(programs: int) -> int:
+def splits_for(batch: int, kv_heads: int) -> int:
     """Parts of a sequence, so that small batches fill the GPU too; a power of two."""
-    wanted = min(MAX_SPLITS, PROGRAMS // max(programs, 1))
+    programs, most = (PROGRAMS_OF_ONE, MAX_SPLITS_OF_ONE) if batch == 1 else (PROGRAMS, MAX_SPLITS)
+    wanted = min(most, programs // max(batch * kv_heads, 1))
     return 1 << max(0, wanted.bit_length() - 1)
 
 
+@cache
 def tickets(device: torch.device) -> torch.Tensor:
     """Counters that are zero between launches; made once, outside of any graph."""
-    if device not in _tickets:
-        _tickets[device] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
-    return _tickets[device]
+    return torch.zeros(TICKETS, dtype=torch.int32, device=device)
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
@@ -176,14 +189,14 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: tor
     batch, kv_heads = length.shape[0], k.shape[1]
     group = heads // kv_heads
     assert batch * kv_heads <= TICKETS, "a batch of this size needs more tickets"
-    splits = splits_for(batch * kv_heads)
+    splits, early = splits_for(batch, kv_heads), launches_early(q.device)
     out = torch.empty((batch, heads, size), dtype=q.dtype, device=q.device) if out is None else out
     acc = torch.empty((batch * heads * splits * size if splits > 1 else 1,), dtype=torch.float32, device=q.device)
     m, sums = (torch.empty((batch * heads * splits,), dtype=torch.float32, device=q.device) for _ in range(2))
     _decode[(kv_heads, splits, batch)](
         q, k, v, cos, sin, keys, values, start, length, out, acc, m, sums, tickets(q.device),
-        q.stride(0), k.stride(0), v.stride(0), score_scale(size),
-        KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, BLOCK_G=max(16, triton.next_power_of_2(group)),
-        BLOCK_H=max(16, triton.next_power_of_2(size // 2)), BLOCK_N=BLOCK_N, num_warps=4,
-        num_stages=2 if q.dtype == torch.float32 else 3)
+        q.stride(0), k.stride(0), v.stride(0), score_scale(size), KV_HEADS=kv_heads, GROUP=group, SIZE=size,
+        SPLITS=splits, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_M=triton.next_power_of_2(group),
+        BLOCK_H=max(16, triton.next_power_of_2(size // 2)), BLOCK_N=BLOCK_N, EARLY=early, LETS=early and batch == 1,
+        num_warps=4, num_stages=2 if batch == 1 or q.dtype == torch.float32 else 3, launch_pdl=early)
     return out

@@ -1,20 +1,20 @@
 """Two to 96 rows times a matrix, as decode of a few sequences has them, at nearly the memory's speed.
 
-Unlike in `gemv.py` no kernel lets the next begin while it still works: programs would take the first room that they
-find, so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
+Unlike in `gemv.py` no program lets the next kernel begin before it has its sums: those programs would take the first
+room that they find, so that some multiprocessors had four of them, others one. Other products are cuBLAS's.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import few_quantized
 from tpllm.engine.torch.kernels.few_quantized import _swiglu_of_pairs
@@ -61,6 +61,8 @@ def _few(x, w, out, M, N, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.const
         tile = tl.load(pointers + at * COLUMNS)
         taken = tl.load(rows + at * COLUMNS, mask=inside, other=0.0)
         acc = tl.dot(tile, tl.trans(taken), acc)
+    if EARLY:
+        gdc_launch_dependents()
     if SWIGLU:
         acc = _swiglu_of_pairs(acc, ROWS, LINES, True)
     place = (part * M + row) * N + first * RESULTS + tl.arange(0, RESULTS)[None, :]
@@ -93,8 +95,8 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def room(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
-    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return found  # PyTorch's stubs lack it
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stubs lack this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> Cut | None:
@@ -121,8 +123,7 @@ def shared(cut: Cut, rows: int) -> int:
 
 def tile_rows(rows: int) -> int:
     """As tensor cores take them: a power of two, 16 at least."""
-    power: int = triton.next_power_of_2(rows)
-    return max(16, power)
+    return max(16, 1 << (rows - 1).bit_length())
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.engine.torch.kernels import int4
 from tpllm.engine.torch.kernels.gemv import launches_early
@@ -114,6 +114,8 @@ def _few(x, w, scales, out, M, N, K, ones, INT4: tl.constexpr, TURNED: tl.conste
                                      other=0.0).to(tl.float32)
         else:
             acc = _dot(row, tile.to(row.dtype), acc, TURNED)
+    if EARLY:
+        gdc_launch_dependents()
     if not INT4:
         acc *= tl.load(scales + factor_line, mask=_place(rows, result, TURNED)[1] < N, other=0.0)
     if SWIGLU:

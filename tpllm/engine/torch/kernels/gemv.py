@@ -76,13 +76,14 @@ def _finish(result, gate, squares, left, out, place, mask, K, epsilon, NORM: tl.
 
 @triton.jit
 def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, places, rounds, SCALED: tl.constexpr,
-          NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr, RANKS: tl.constexpr = 1,
-          ROWS: tl.constexpr = 1):
-    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too."""
+          NORM: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
+          WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUMBERS: tl.constexpr,
+          RANKS: tl.constexpr = 1, ROWS: tl.constexpr = 1):
+    """With SCALED each row of the matrix stands for itself times its scale; with RANKS the peers get the result too;
+    with LATE the next kernel may begin when the sums are made."""
     columns = tl.arange(0, BLOCK_K)
     rows, pointers, other = _places(w, columns, N, K, BLOCK_N)
-    if EARLY:
+    if EARLY and not LATE:
         gdc_launch_dependents()
     tile = _weights(pointers, rows, columns, N, K, WHOLE)
     tile2 = _weights(other, rows, columns, N, K, WHOLE) if SWIGLU else tile
@@ -108,6 +109,8 @@ def _gemv(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, places
             tile = _weights(pointers + after, rows, after + columns, N, K, WHOLE)
             if SWIGLU:
                 tile2 = _weights(other + after, rows, after + columns, N, K, WHOLE)
+    if EARLY and LATE:
+        gdc_launch_dependents()
     result, gate = tl.sum(acc, 1), tl.sum(acc2, 1)
     if SCALED:
         result *= scale
@@ -123,14 +126,16 @@ def launches_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def tile_of(tiles: dict[int, tuple[int, int]], size: int, swiglu: bool) -> Tile:
-    """What is fastest for so many results on an H200 (`launch/sweep_products.py`), of a quantized kernel's `TILES`."""
-    return Tile.of(*next(tile for most, tile in tiles.items() if size * (1 + swiglu) <= most), swiglu)
+def before_attention(residual: torch.Tensor | None, swiglu: bool) -> bool:
+    """Whether attention may follow a product, whose programs would take the room of the product's last ones."""
+    return residual is None and not swiglu
 
 
 def tile_for(lines: int, columns: int, swiglu: bool) -> Tile:
     """Of a matrix: what is fastest among a layer's kernels on an H200 (`launch/measure_layer.py --tiles`)."""
-    if swiglu or lines > 8192:
+    if columns > 3072 and columns % 2048 == 1024:  # as 13B's 5,120: eight warps take 2,048 at a time
+        rows, warps = 4 if lines > 14336 else 8, 4
+    elif swiglu or lines > 8192:
         rows, warps = 4 if columns < 8192 else 2, 8
     elif columns <= 3072:
         rows, warps = 2 if columns <= 1024 else 4, 4
@@ -165,5 +170,6 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None, epsil
     _gemv[(triton.cdiv(size, tile.results),)](
         x, weight, weight, weight if norm is None else norm, out if residual is None else residual, out, size,
         columns, epsilon, *theirs, SCALED=False, NORM=norm is not None, RESIDUAL=residual is not None,
-        SWIGLU=swiglu, EARLY=early, launch_pdl=early, **tile_options(size, columns, tile), **ranks)
+        SWIGLU=swiglu, EARLY=early, LATE=peers is None and before_attention(residual, swiglu), launch_pdl=early,
+        **tile_options(size, columns, tile), **ranks)
     return out

@@ -21,8 +21,8 @@ from tpllm.engine.torch.kernels.gemv import (
     _gemv,
     _places,
     _weights,
+    before_attention,
     launches_early,
-    tile_of,
     tile_options,
 )
 
@@ -61,13 +61,13 @@ def _sum_bytes(words, top, a, b, c, d, WORDS: tl.constexpr):
 
 @triton.jit
 def _int8(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, top, NORM: tl.constexpr,
-          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr,
+          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr, WHOLE: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr):
     """Four numbers a word, `w` as int32 `[N, K / 4]`."""
     count: tl.constexpr = K // 4
     words, columns = tl.max_contiguous(tl.arange(0, BLOCK_K), 2), tl.arange(0, 4 * BLOCK_K)
     rows, pointers, pointers2 = _places(w, words, N, count, BLOCK_N)
-    if EARLY:
+    if EARLY and not LATE:
         gdc_launch_dependents()
     tile = _weights(pointers, rows, words, N, count, WHOLE)
     tile2 = _weights(pointers2, rows, words, N, count, WHOLE) if SWIGLU else tile
@@ -93,6 +93,8 @@ def _int8(x, w, scales, norm, residual, out, N, K: tl.constexpr, epsilon, top, N
             tile = _weights(pointers + after, rows, after + words, N, count, WHOLE)
             if SWIGLU:
                 tile2 = _weights(pointers2 + after, rows, after + words, N, count, WHOLE)
+    if EARLY and LATE:
+        gdc_launch_dependents()
     more = 32896.0 * tl.sum(tl.reshape(excess, [BLOCK_K // WORDS, WORDS]), 1)[None, :]
     result, gate = tl.sum(acc - more, 1) * scale, tl.sum(acc2 - more, 1) * scale2
     _finish(result, gate, tl.sum(squares, 0), left, out, rows, rows < N, K, epsilon, NORM, RESIDUAL, SWIGLU)
@@ -105,12 +107,12 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch
         return (int4.few_rows if x.dtype in int4.ONES else _in_steps)(x, weight, scale, norm, epsilon, residual, swiglu)
     size, columns = weight.shape[0] // 2 if swiglu else weight.shape[0], x.shape[1]
     out = torch.empty((1, size), dtype=x.dtype, device=x.device)
-    early, tile = launches_early(x.device), tile_of(TILES, size, swiglu)
+    early, tile = launches_early(x.device), int4.tile_of(TILES, size, swiglu)
     grid = (triton.cdiv(size, tile.results),)
     inputs = (x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, size,
               columns, epsilon)
     options = {"NORM": norm is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu, "EARLY": early,
-               "launch_pdl": early}
+               "LATE": before_attention(residual, swiglu), "launch_pdl": early}
     if columns % 4 == 0 and x.dtype != torch.float32:
         block = 32 * tile.warps * WORDS
         _int8[grid](x, weight.view(torch.int32), *inputs[2:], HALF_OF_BYTE, **options, BLOCK_N=tile.results,

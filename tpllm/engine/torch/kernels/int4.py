@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.engine.torch.kernels.gemv import LOADS_EARLY, _finish, launches_early, tile_of
+from tpllm.engine.torch.kernels.gemv import LOADS_EARLY, Tile, _finish, before_attention, launches_early
 
 ROWS = 4  # of x, at most
 # As in gemv.py, of one row of x.
@@ -75,8 +75,8 @@ def _row_of(i, j, N, EIGHTS: tl.constexpr, SWIGLU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, ones, NORM: tl.constexpr,
-          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LETS: tl.constexpr, WHOLE: tl.constexpr,
-          ROWS: tl.constexpr, EIGHTS: tl.constexpr, WARPS: tl.constexpr, MORE: tl.constexpr):
+          RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr, LETS: tl.constexpr, LATE: tl.constexpr,
+          WHOLE: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr, WARPS: tl.constexpr, MORE: tl.constexpr):
     """`gemv.gemv` of M rows."""
     groups, warps, rows = tl.cdiv(K, 128), tl.arange(0, WARPS), tl.arange(0, ROWS)
     start = tl.program_id(0) * (8 * EIGHTS // (1 + SWIGLU))
@@ -90,7 +90,7 @@ def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, one
     present = (flat_result < N)[None, :]
     columns = (warps * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
     inputs, inside = x + rows[None, :, None] * K + columns, (rows < M)[None, :, None]
-    if LETS:
+    if LETS and not LATE:
         gdc_launch_dependents()
     words = _words(pointers, valid, warps, groups, WHOLE)
     factor = tl.load(factors, mask=present & (warps < groups)[:, None], other=0.0)
@@ -118,12 +118,19 @@ def _int4(x, w, scales, norm, residual, out, M, N, K: tl.constexpr, epsilon, one
             value = tl.load(inputs + after * 128, mask=inside & (after * 128 + columns < K), other=0.0)
             if NORM:
                 weight = tl.load(norm + after * 128 + columns, mask=after * 128 + columns < K, other=0.0)
+    if LETS and LATE:
+        gdc_launch_dependents()
     sums, total = tl.sum(acc, 0), tl.sum(tl.sum(squares, 2), 0)[None, :]
     if SWIGLU:
         first, gate = tl.split(tl.permute(tl.reshape(sums, (2, 4 * EIGHTS, ROWS)), (1, 2, 0)))
     else:
         first, gate = sums, sums
     _finish(first, gate, total, left, out, place, mask, K, epsilon, NORM, RESIDUAL, SWIGLU)
+
+
+def tile_of(tiles: dict[int, tuple[int, int]], size: int, swiglu: bool) -> Tile:
+    """What is fastest for so many results on an H200 (`launch/sweep_products.py`), of a quantized kernel's `TILES`."""
+    return Tile.of(*next(tile for most, tile in tiles.items() if size * (1 + swiglu) <= most), swiglu)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor | None = None,
@@ -141,6 +148,7 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, norm: t
     _int4[(triton.cdiv(size, results),)](
         x, weight, scale, weight if norm is None else norm, out if residual is None else residual, out, count, size,
         columns, epsilon, ones, NORM=norm is not None, RESIDUAL=residual is not None, SWIGLU=swiglu, EARLY=early,
-        LETS=early and count <= LOADS_EARLY, WHOLE=whole, ROWS=triton.next_power_of_2(count),
-        EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more, num_warps=warps, launch_pdl=early)
+        LETS=early and count <= LOADS_EARLY, LATE=before_attention(residual, swiglu), WHOLE=whole,
+        ROWS=triton.next_power_of_2(count), EIGHTS=results * (1 + swiglu) // 8, WARPS=warps, MORE=more,
+        num_warps=warps, launch_pdl=early)
     return out

@@ -59,11 +59,10 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, epsilo
     kernel in front has ended, and waits for that.
     """
     out = residual.new_empty((2, *residual.shape)) if out is None else out
-    total, normed = out.unbind(0)
     others, rank, ranks, step = shares or (x, 0, 1, 0)
     block, early = triton.next_power_of_2(x.shape[1]), early and launches_early(x.device)
     _add_norm[(x.shape[0],)](
-        x, others, residual, norm, total, normed, rank, x.shape[1], step, epsilon, RANKS=ranks, EARLY=early,
+        x, others, residual, norm, *out.unbind(0), rank, x.shape[1], step, epsilon, RANKS=ranks, EARLY=early,
         LETS=early and x.shape[0] <= LOADS_EARLY, BLOCK=block, num_warps=max(4, min(16, block // 512)),
         launch_pdl=early)
     return out

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tpllm.engine.torch.kernels.decode import score_scale
+from tpllm.engine.torch.kernels.decode import score_scale, softmax
 
 # By the head size, padded: rows of queries and, in a step of the loop, of keys; warps; blocks of keys and values in
 # shared memory. Several programs fit on a multiprocessor: one multiplies while another has its softmax or waits for
@@ -37,15 +37,6 @@ def _prompt_of(block, query_start, origin, P, BLOCK_M: tl.constexpr, PROMPTS: tl
 def _inside(rows, columns, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
     """The mask of a block from that of its rows; the columns need one too unless the head size fills it."""
     return rows if BLOCK_D == SIZE else rows & (columns < SIZE)
-
-
-@triton.jit
-def _softmax(scores, largest, weight, scale):
-    """One more block of scores: its weights, by how much those before it fade, the largest so far and the sum."""
-    new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - new_largest[:, None])
-    fade = tl.exp2(largest - new_largest)
-    return p, fade[:, None], new_largest, weight * fade + tl.sum(p, 1)
 
 
 # Prompts and where they begin differ from step to step; none may have a kernel of its own.
@@ -85,7 +76,7 @@ def _prefill(q, keys, values, query_start, start, length, out, P, scale,
         # Not in a loop of its own, which would have to fill its pipeline anew.
         if at + BLOCK_N > position + 1:
             scores = tl.where((at + n)[None, :] <= position + m, scores, float("-inf"))
-        p, fade, largest, weight = _softmax(scores, largest, weight, scale)
+        p, fade, largest, weight = softmax(scores, largest, weight, scale)
         v = tl.load(values + tile, mask=mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * fade)
         keys += BLOCK_N * KV_HEADS * SIZE
