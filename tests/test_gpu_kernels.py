@@ -176,7 +176,7 @@ def test_attention_of_single_tokens(batch: int, heads: int, kv_heads: int, size:
     """In an arena of NaN, of which it writes the new tokens' rows; in one part and in several, which merge."""
     torch.manual_seed(batch)
     lengths = [130, 1, 2, 65, 64][:batch] + torch.randint(1, 150, (max(0, batch - 5),)).tolist()
-    assert kernels.decode.splits_for(40, 4) == 1 < kernels.decode.splits_for(3, 2) < kernels.decode.splits_for(1, 2)
+    assert kernels.decode.splits_for(40 * 4) == 1 < kernels.decode.splits_for(3 * 2)
     starts = [160 * place + 3 for place in torch.randperm(batch).tolist()]
     keys, values = (torch.full((160 * batch, kv_heads, size), float("nan")).to(dtype) for _ in range(2))
     for start, length in zip(starts, lengths, strict=True):
