@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from sweep_products import BYTES, TILES, Matrix, made_by, make, matrices_of, microseconds, words
@@ -93,9 +93,8 @@ def make_layer(kind: str, model: str, tp_size: int) -> Layer:
     return {name: (weights[0], weights[1] if len(weights) > 1 else None) for name, weights in made.items()}
 
 
-@contextmanager
-def tile_for_one(matrix: Matrix, tile: tuple[int, int]) -> Iterator[None]:
-    """One matrix's products have this tile, the others their own."""
+def tile_for_one(matrix: Matrix, tile: tuple[int, int]) -> Callable[[int, int, bool], gemv.Tile]:
+    """`gemv.tile_for` where one matrix's products have this tile, the others their own."""
     own = gemv.tile_for
 
     def chosen(lines: int, columns: int, swiglu: bool) -> gemv.Tile:
@@ -103,9 +102,7 @@ def tile_for_one(matrix: Matrix, tile: tuple[int, int]) -> Iterator[None]:
             return own(lines, columns, swiglu)
         return gemv.Tile.of(*tile, swiglu)
 
-    gemv.tile_for = chosen
-    yield
-    gemv.tile_for = own
+    return chosen
 
 
 def try_tiles(time: Callable[[], float], model: str, tp_size: int) -> Iterator[dict[str, Any]]:
@@ -113,7 +110,7 @@ def try_tiles(time: Callable[[], float], model: str, tp_size: int) -> Iterator[d
     for name, matrix in matrices_of(model, tp_size).items():
         took = {}
         for tile in TILES["bf16"]:
-            with tile_for_one(matrix, tile):
+            with patch.object(gemv, "tile_for", tile_for_one(matrix, tile)):
                 took[tile] = time()
         as_it_is, best = time(), sorted(took, key=lambda tile: took[tile])
         print(f"{model} tp {tp_size} {name}, as it is {as_it_is:.1f} us a layer: " +

@@ -107,14 +107,12 @@ class Communicator:
         from tpllm.engine.torch.kernels import gemv, gemv_quantized
         from tpllm.engine.torch.kernels.push import push_all_reduce_add_norm
 
-        if scale is not None:
-            product = gemv_quantized.gemv(x, weight, scale, None, epsilon, None, False)
-            return self.all_reduce_add_norm(product, residual, norm, epsilon)
-        peers = self._buffers if self._name(residual) == "push" else None
-        product = gemv.gemv(x, weight, None, epsilon, None, False, peers)
-        if peers is None:
-            return self.all_reduce_add_norm(product, residual, norm, epsilon)
-        return push_all_reduce_add_norm(product, residual, norm, epsilon, peers, sent=True)
+        if scale is None and self._name(residual) == "push":
+            product = gemv.gemv(x, weight, None, epsilon, None, False, self._buffers)
+            return push_all_reduce_add_norm(product, residual, norm, epsilon, self._buffers, sent=True)
+        product = (gemv.gemv(x, weight, None, epsilon, None, False) if scale is None
+                   else gemv_quantized.gemv(x, weight, scale, None, epsilon, None, False))
+        return self.all_reduce_add_norm(product, residual, norm, epsilon)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x`: `[ranks, …]`."""

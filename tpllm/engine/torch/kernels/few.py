@@ -123,7 +123,7 @@ def shared(cut: Cut, rows: int) -> int:
 
 def tile_rows(rows: int) -> int:
     """As tensor cores take them: a power of two, 16 at least."""
-    return max(16, 1 << (rows - 1).bit_length())
+    return max(16, int(triton.next_power_of_2(rows)))
 
 
 def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -> torch.Tensor:
