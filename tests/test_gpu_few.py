@@ -41,7 +41,7 @@ def made(rows: int, lines: int, columns: int, dtype: torch.dtype) -> tuple[Tenso
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("shape", "cut"), [
-    *product(SHAPES, CUTS), ((96, 64, 384), (2, 8, 64)), ((8, 64, 704), (2, 8, 64))])
+    *product(SHAPES, CUTS), ((96, 64, 384), (2, 8, 64)), ((8, 64, 704), (2, 8, 64)), ((16, 96, 1280), (1, 8, 128, 32))])
 def test_products_and_their_parts(shape: tuple[int, int, int], cut: tuple[int, ...], dtype: torch.dtype,
                                   few: Any) -> None:
     rows, lines, columns = shape
@@ -60,7 +60,8 @@ def test_both_halves_at_once(rows: int, dtype: torch.dtype, few: Any) -> None:
     x, weight = made(rows, 192, 512, dtype)
     whole = x.double() @ weight.double().T
     expected = silu(whole[:, :96]) * whole[:, 96:]
-    close(few.few(x.to(DEVICE), weight.to(DEVICE), few.Cut(1, 3), swiglu=True), expected, dtype)
+    for cut in (few.Cut(1, 3), few.CUT_IN_HALF):
+        close(few.few(x.to(DEVICE), weight.to(DEVICE), cut, swiglu=True), expected, dtype)
     close(few.linear_swiglu(x.to(DEVICE), weight.to(DEVICE)), expected, dtype)  # so few programs leave it to cuBLAS
 
 
@@ -117,10 +118,11 @@ def test_parts_are_summed_before_they_are_sent(rank: int, ranks: int, few: Any) 
     (32, 3072, 4096, False, (1, 5, 128)), (33, 3072, 4096, False, None), (8, 2560, 8192, False, None),  # too few
     (8, 28672, 4096, False, (1, 4, 128)), (33, 32000, 4096, False, (1, 3, 128)), (33, 22016, 4096, False, (1, 4, 64)),
     (64, 12288, 4096, False, (1, 3, 128)), (64, 6144, 4096, False, (1, 5, 128)), (65, 4096, 4096, True, (2, 8, 64)),
+    (16, 3840, 5120, False, (1, 8, 128, 32)), (17, 3840, 5120, False, None),  # Llama-2-13B's, of one of four
     (97, 4096, 4096, True, None), (1, 12288, 4096, False, None), (65, 12288, 4096, False, None),
     (8, 12288, 4000, False, None), (8, 12280, 4096, False, None)])
 def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, divisible: bool,
-                                        cut: tuple[int, int, int] | None, few: Any,
+                                        cut: tuple[int, ...] | None, few: Any,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(few, "room", lambda device: 227 << 10)
@@ -128,11 +130,11 @@ def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, div
     def empty(height: int) -> Tensor:
         return torch.empty(height, columns, dtype=torch.bfloat16, device="meta")
 
-    assert few.cut_for(empty(rows), empty(lines), divisible) == cut
+    assert few.cut_for(empty(rows), empty(lines), divisible) == (few.Cut(*cut) if cut else None)
     assert few.cut_for(empty(rows).float(), empty(lines).float(), divisible) is None
     monkeypatch.setattr(few, "room", lambda device: 48 << 10)
     assert few.cut_for(empty(rows), empty(lines), divisible) is None
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 70)
+    run_interpreted(__file__, 73)

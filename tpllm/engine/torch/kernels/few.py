@@ -28,11 +28,12 @@ PARTS, SHORTEST = 2, 512  # of a sum whose programs were fewer, so many columns 
 
 
 class Cut(NamedTuple):
-    """How many programs share the columns of the same lines, how many tiles each asks for ahead, and their columns."""
+    """How many programs share the columns of the same lines, how many tiles each asks for ahead, and their size."""
 
     parts: int
     stages: int
     columns: int = 128
+    lines: int = LINES
 
 
 # Of up to so many rows: the cut for programs that are one to a multiprocessor at most, two, three, and for more. Where
@@ -40,6 +41,8 @@ class Cut(NamedTuple):
 # three tiles, or two that ask for four. As measured on an H200; nothing stands where cuBLAS is as fast.
 CUTS = {32: (Cut(1, 5), Cut(1, 4), Cut(1, 3), Cut(1, 4)), 64: (Cut(1, 5), Cut(1, 3), Cut(1, 4, 64), Cut(1, 3))}
 CUTS_IN_PARTS = {64: Cut(PARTS, 5), 96: Cut(PARTS, 8, 64)}
+# Of up to so many rows tiles half as high, where only that makes programs for so much of the GPU.
+CUT_IN_HALF, HALVED, FEWEST_HALVES = Cut(1, 8, lines=LINES // 2), 16, 0.8
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -109,6 +112,8 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> C
     if divisible and each < FEWEST and columns // PARTS >= SHORTEST:
         each *= PARTS
         cut = next((cut for most, cut in CUTS_IN_PARTS.items() if rows <= most), None)
+    elif each < fewest and 2 * each >= FEWEST_HALVES and rows <= HALVED:
+        each, cut = 2 * each, CUT_IN_HALF
     elif cuts := next((cuts for most, cuts in CUTS.items() if rows <= most), None):
         cut = cuts[min(math.ceil(each), len(cuts)) - 1]
     if cut and columns % cut.columns:  # tiles half as wide, and more of them ahead
@@ -118,7 +123,7 @@ def cut_for(x: torch.Tensor, weight: torch.Tensor, divisible: bool = False) -> C
 
 def shared(cut: Cut, rows: int) -> int:
     """Bytes of shared memory that a program takes: its tiles of 16-bit floats."""
-    return cut.stages * cut.columns * (LINES + tile_rows(rows)) * 2
+    return cut.stages * cut.columns * (cut.lines + tile_rows(rows)) * 2
 
 
 def tile_rows(rows: int) -> int:
@@ -131,8 +136,8 @@ def few(x: torch.Tensor, weight: torch.Tensor, cut: Cut, swiglu: bool = False) -
     (rows, columns), size = x.shape, weight.shape[0] // (1 + swiglu)
     shape, dtype = ((rows, size), x.dtype) if cut.parts == 1 else ((cut.parts, rows, size), torch.float32)
     out, early = torch.empty(shape, dtype=dtype, device=x.device), launches_early(x.device)
-    _few[(weight.shape[0] // LINES, cut.parts)](
-        x.contiguous(), weight, out, rows, size, K=columns, SWIGLU=swiglu, EARLY=early, LINES=LINES,
+    _few[(weight.shape[0] // cut.lines, cut.parts)](
+        x.contiguous(), weight, out, rows, size, K=columns, SWIGLU=swiglu, EARLY=early, LINES=cut.lines,
         COLUMNS=cut.columns, ROWS=tile_rows(rows), PARTS=cut.parts, STAGES=cut.stages, num_warps=4, launch_pdl=early)
     return out
 
