@@ -118,7 +118,8 @@ def test_parts_are_summed_before_they_are_sent(rank: int, ranks: int, few: Any) 
     (32, 3072, 4096, False, (1, 5, 128)), (33, 3072, 4096, False, None), (8, 2560, 8192, False, None),  # too few
     (8, 28672, 4096, False, (1, 4, 128)), (33, 32000, 4096, False, (1, 3, 128)), (33, 22016, 4096, False, (1, 4, 64)),
     (64, 12288, 4096, False, (1, 3, 128)), (64, 6144, 4096, False, (1, 5, 128)), (65, 4096, 4096, True, (2, 8, 64)),
-    (16, 3840, 5120, False, (1, 8, 128, 32)), (17, 3840, 5120, False, None),  # Llama-2-13B's, of one of four
+    (16, 3840, 5120, False, (1, 8, 128, 32)), (17, 3840, 5120, False, None),
+    (8, 3456, 5120, False, None),  # Llama-2-13B's, of one of four and of eight
     (97, 4096, 4096, True, None), (1, 12288, 4096, False, None), (65, 12288, 4096, False, None),
     (8, 12288, 4000, False, None), (8, 12280, 4096, False, None)])
 def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, divisible: bool,
@@ -137,4 +138,4 @@ def test_which_products_are_cut_and_how(rows: int, lines: int, columns: int, div
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, 73)
+    run_interpreted(__file__, 74)
