@@ -36,7 +36,8 @@ TILES = {"bf16": [*product((2, 4, 8), (4, 8)), (16, 8)], "int8": list(product((4
 # Of several rows: lines of a program, parts, tiles ahead, turned, warps; tensor cores take 16 lines a warp at least.
 QUANTIZED = [few_quantized.Cut(*cut) for cut in product((32, 64, 128), (1, 2, 4, 8), (3, 4, 6), (False, True), (2, 4))
              if cut[0] >= 16 * cut[4]]
-PLAIN = [few.Cut(*cut) for cut in (*product((1, 2, 4), (3, 4, 5)), *product((1, 2), (4, 8), (64,)))]
+PLAIN = [few.Cut(*cut) for cut in (*product((1, 2, 4), (3, 4, 5)), *product((1, 2), (4, 8), (64,)),
+                                   *product((1, 2), (5, 8), (128,), (32,)))]
 CUTS: dict[str, list[Any]] = {"bf16": PLAIN, "int8": QUANTIZED,
                               "int4": [cut for cut in QUANTIZED if cut.lines > 32]}
 FEWEST, MOST = 60, 1100  # programs
@@ -86,18 +87,14 @@ def tiles_for(kind: str, matrix: Matrix, rows: int) -> list[Tile]:
     if rows == 1:
         return list(TILES[kind])
     return [cut for cut in CUTS[kind] if not (matrix.swiglu and cut.parts > 1) and matrix.columns // cut.parts >= 512
-            and FEWEST <= cut.parts * matrix.rows / lines_of(cut) <= MOST
+            and FEWEST <= cut.parts * matrix.rows / cut.lines <= MOST
             and (not isinstance(cut, few.Cut) or fits(cut, matrix, rows))]
 
 
 def fits(cut: few.Cut, matrix: Matrix, rows: int) -> bool:
     """Whether its tiles cover the matrix and have room."""
-    whole = matrix.columns % cut.columns == matrix.rows % few.LINES == 0
+    whole = matrix.columns % cut.columns == matrix.rows % cut.lines == 0
     return whole and few.shared(cut, rows) <= few.room(torch.device("cuda"))
-
-
-def lines_of(cut: Tile) -> int:
-    return cut.lines if isinstance(cut, few_quantized.Cut) else few.LINES
 
 
 def products(kind: str, matrix: Matrix, rows: int, tile: Tile, weights: list[Weights]) -> Callable[[], None]:

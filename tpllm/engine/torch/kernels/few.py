@@ -41,7 +41,7 @@ class Cut(NamedTuple):
 # three tiles, or two that ask for four. As measured on an H200; nothing stands where cuBLAS is as fast.
 CUTS = {32: (Cut(1, 5), Cut(1, 4), Cut(1, 3), Cut(1, 4)), 64: (Cut(1, 5), Cut(1, 3), Cut(1, 4, 64), Cut(1, 3))}
 CUTS_IN_PARTS = {64: Cut(PARTS, 5), 96: Cut(PARTS, 8, 64)}
-# Of up to so many rows tiles half as high, where only that makes programs for so much of the GPU.
+# Tiles half as high, of up to so many rows, where only these are programs enough: for so much of the GPU.
 CUT_IN_HALF, HALVED, FEWEST_HALVES = Cut(1, 8, lines=LINES // 2), 16, 0.9
 
 
